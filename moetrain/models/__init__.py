@@ -1,0 +1,5 @@
+"""Model families."""
+
+from moetrain.models import deepseek_moe, glam
+
+__all__ = ["deepseek_moe", "glam"]

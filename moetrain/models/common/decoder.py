@@ -1,0 +1,110 @@
+"""A pre-norm decoder language model made of residual blocks, and how its weights are initialised.
+
+Families (``deepseek_moe``, ``glam``) choose the parts; nothing here or there knows about parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.models.common.attention import AttentionInput, KeyValueCache, SoftmaxAttention
+from moetrain.models.common.init import Init
+from moetrain.models.common.layers import Linear
+from moetrain.models.common.positions import rope_table
+from moetrain.moe.context import ForwardContext
+from moetrain.moe.layer import MoELayer
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then + channel(norm(x)). The channel block is a dense FFN or an MoE layer.
+
+    recompute: activation checkpointing; routing decisions of the first pass are reused in the second.
+    """
+
+    def __init__(self, *, name: str, attn_norm: nn.Module, attn: SoftmaxAttention, ffn_norm: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.attn_norm, self.attn, self.ffn_norm, self.ffn = attn_norm, attn, ffn_norm, ffn
+        self.recompute = False
+
+    def forward(self, x: Tensor, shared: AttentionInput, ctx: ForwardContext) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.compute(x, shared, ctx)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _recomputation(ctx)
+
+        # no draws from torch's generators happen inside: noise is counter-based
+        return checkpoint(self.compute, x, shared, ctx, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
+
+    def compute(self, x: Tensor, shared: AttentionInput, ctx: ForwardContext) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), shared)
+        normed = self.ffn_norm(x)
+        return x + (self.ffn(normed, ctx.at(self.name)) if isinstance(self.ffn, MoELayer) else self.ffn(normed))
+
+
+@contextmanager
+def _recomputation(ctx: ForwardContext) -> Iterator[None]:
+    ctx.recomputing = True
+    try:
+        yield
+    finally:
+        ctx.recomputing = False
+
+
+class Decoder(nn.Module):
+    """tokens [B, S] -> logits [B, S, V] in at least float32.
+
+    rope_theta: None without rotary embedding. logit_scale: factor on the final hidden states. head: None if the
+    output is tied to the embedding. compute_dtype: dtype of activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        blocks: list[Block],
+        norm: nn.Module,
+        head: Linear | None,
+        head_dim: int,
+        rope_theta: float | None,
+        logit_scale: float,
+        compute_dtype: torch.dtype,
+        init: Mapping[str, Init],
+    ) -> None:
+        super().__init__()
+        parameter_dtype = next(norm.parameters()).dtype
+        self.embed = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=parameter_dtype))
+        self.layers = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+        self.head_dim, self.rope_theta, self.logit_scale, self.compute_dtype = head_dim, rope_theta, logit_scale, compute_dtype
+        self.init = init
+        """Initialiser by parameter name pattern (``*`` matches anything); experts by their logical names."""
+
+    def forward(self, tokens: Tensor, ctx: ForwardContext, document: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        rope = None if self.rope_theta is None else rope_table(positions, self.head_dim, self.rope_theta, dtype=self.compute_dtype)
+        shared = AttentionInput(positions=positions, rope=rope, document=document, cache=cache)
+        x = F.embedding(tokens, self.embed).to(self.compute_dtype)
+        for block in self.layers:
+            x = block(x, shared, ctx)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        x = self.norm(x)
+        if self.logit_scale != 1.0:
+            x = x * self.logit_scale
+        logits = F.linear(x, self.embed.to(x.dtype)) if self.head is None else self.head(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """MoE layers by the name under which they record losses and statistics."""
+        return {f"{block.name}.ffn": block.ffn for block in self.layers if isinstance(block.ffn, MoELayer)}  # type: ignore[union-attr,misc]

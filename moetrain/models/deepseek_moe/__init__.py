@@ -1,0 +1,5 @@
+"""DeepSeekMoE."""
+
+from moetrain.models.deepseek_moe.config import DeepSeekMoEConfig
+
+__all__ = ["DeepSeekMoEConfig"]

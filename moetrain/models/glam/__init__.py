@@ -1,0 +1,5 @@
+"""GLaM."""
+
+from moetrain.models.glam.config import GLaMConfig
+
+__all__ = ["GLaMConfig"]

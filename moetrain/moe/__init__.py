@@ -1,0 +1,1 @@
+"""The MoE layer and its replaceable parts: routers, capacity, experts, losses."""

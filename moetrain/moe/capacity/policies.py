@@ -1,0 +1,132 @@
+"""Capacity policies: dropless, and slots per expert and token group.
+
+Slots: GShard (2006.16668), Switch (2101.03961), GLaM (2112.06905), batch-prioritised routing (V-MoE
+2106.05974); the order of dropping follows fairseq's and Megatron-Core's routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.config import Component, setting
+from moetrain.errors import Problem
+from moetrain.moe.context import RouterContext
+from moetrain.moe.routing import PAD, Routing
+from moetrain.registry import register
+
+
+class Capacity(nn.Module):
+    """Maps a routing to the one that is executed: entries without room become PAD."""
+
+    def forward(self, routing: Routing, ctx: RouterContext) -> Routing:
+        raise NotImplementedError
+
+
+@register("capacity", "none", source="MegaBlocks 2211.15841")
+@dataclass(kw_only=True)
+class DroplessConfig(Component):
+    """Dropless: every expert takes all tokens that chose it."""
+
+    def build(self) -> Dropless:
+        return Dropless()
+
+
+class Dropless(Capacity):
+    def forward(self, routing: Routing, ctx: RouterContext) -> Routing:
+        return routing
+
+
+@register("capacity", "slots", source="GShard 2006.16668, Switch 2101.03961, GLaM 2112.06905")
+@dataclass(kw_only=True)
+class SlotsConfig(Component):
+    """Each expert has C slots per token group; what finds no slot is dropped (the residual stream goes on)."""
+
+    factor: float = setting(1.25, doc="capacity factor: C = factor * (choices per token) * (tokens of the group) / E", gt=0)
+    choices: int | None = setting(None, doc="choices per token in that formula; default: the router's K. GLaM 1 with factor 2", ge=1)
+    tokens: int | None = setting(None, doc="fixed C in tokens, instead of the formula", ge=1)
+    round: Literal["up", "down"] = setting("up", doc="rounding of C to an integer")
+    multiple: int = setting(1, doc="C is rounded up to a multiple of this; GLaM 4", ge=1)
+    scope: Literal["sequence", "rank"] = setting("sequence", doc="token group: each sequence, or the rank's micro-batch (depends on the layout)")
+    num_groups: int = setting(1, doc="with scope=rank: equal groups that the rank's tokens are cut into", ge=1)
+    priority: Literal["position", "probability", "first_probability"] = setting(
+        "position",
+        doc="who gets the slots: first choices before second ones, each in token order; largest weights; "
+        "first choices before second ones, each by the token's best probability (batch-prioritised)",
+    )
+    renormalise: bool = setting(False, doc="divide the kept weights of a token by their sum (normalise after dropping)")
+    evaluation: Literal["same", "none"] = setting("same", doc="capacity during evaluation and generation")
+    evaluation_fraction: float | None = setting(None, doc="evaluation: C = ceil(fraction * tokens of the group); fairseq 0.25", gt=0)
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        if self.num_groups > 1 and self.scope != "rank":
+            yield Problem(f"{path}.num_groups", self.num_groups, f"needs {path}.scope=rank; a sequence is one group")
+
+    def build(self) -> Slots:
+        return Slots(self)
+
+
+class Slots(Capacity):
+    """See :class:`SlotsConfig`."""
+
+    def __init__(self, config: SlotsConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def capacity(self, group_size: int, top_k: int, num_experts: int, *, training: bool) -> int:
+        """C, slots per expert and group of ``group_size`` tokens."""
+        config = self.config
+        if config.evaluation_fraction is not None and not training:
+            slots = math.ceil(config.evaluation_fraction * group_size)
+        elif config.tokens is not None:
+            slots = config.tokens
+        else:
+            exact = config.factor * (config.choices or top_k) * group_size / num_experts
+            slots = math.ceil(exact) if config.round == "up" else int(exact)
+        return max(1, math.ceil(slots / config.multiple)) * config.multiple
+
+    def forward(self, routing: Routing, ctx: RouterContext) -> Routing:
+        config = self.config
+        if config.evaluation == "none" and not ctx.training:
+            return routing
+        groups = ctx.batch_size if config.scope == "sequence" else config.num_groups
+        group_size = routing.num_tokens // groups
+        kept = ctx.once("capacity", lambda: self.kept(routing, group_size=group_size, training=ctx.training))
+        weight = None
+        if config.renormalise:
+            weight = torch.where(kept, routing.weight, 0.0)
+            total = torch.zeros(routing.num_tokens, dtype=weight.dtype, device=weight.device).index_add(0, routing.token, weight)
+            weight = weight / total.clamp_min(torch.finfo(weight.dtype).eps)[routing.token]
+        return routing.keep(kept, weight)
+
+    def kept(self, routing: Routing, *, group_size: int, training: bool) -> Tensor:
+        """[N] bool: entries that get a slot. PAD entries do not."""
+        experts = routing.num_experts
+        real = (routing.expert != PAD) & (routing.expert < experts)
+        choices = routing.top_k or max(1, round(routing.expert.numel() / max(1, routing.num_tokens)))
+        slots = self.capacity(group_size, choices, experts, training=training)
+        # one queue per (group, expert), entries in order of priority within it
+        queue = torch.where(real, (routing.token // group_size) * experts + routing.expert, -1)
+        order = self.priority(routing)
+        order = order[queue[order].argsort(stable=True)]
+        ranked = queue[order]
+        start = torch.searchsorted(ranked, ranked)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel(), device=order.device) - start
+        return (real & (place < slots)) | (routing.expert >= experts)
+
+    def priority(self, routing: Routing) -> Tensor:
+        """Permutation [N] of the entries, those served first in front. Ties keep the token order."""
+        order = torch.arange(routing.token.numel(), device=routing.token.device)
+        if self.config.priority == "probability":
+            return order[routing.weight[order].argsort(descending=True, stable=True)]
+        if self.config.priority == "first_probability":
+            assert routing.probs is not None, "batch-prioritised routing needs the router's probabilities"
+            best = routing.probs.max(dim=1).values
+            order = order[best[routing.token[order]].argsort(descending=True, stable=True)]
+        return order[routing.slot[order].argsort(stable=True)]

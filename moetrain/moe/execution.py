@@ -1,0 +1,85 @@
+"""Executing a routing: rows to experts, one grouped computation, weighted sum back.
+
+:class:`LocalExecutor` has every expert at hand; executors that move rows or weights between ranks live in
+``moetrain.parallel`` and share the index arithmetic here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.moe.experts import Experts
+from moetrain.moe.routing import Routing
+from moetrain.ops.permute import combine_rows, gather_rows
+
+
+class Executor(Protocol):
+    """y [T, D'] = sum over a token's entries of weight * expert(x [T, D])."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Order:
+    """Entries of a routing sorted by where their expert is computed.
+
+    token: [n] int64, source row of each sorted row. weight: [n]. counts: [E] int64 rows per place.
+    place_TK: [T, K] rows of each token in sorted order, if every token has K.
+    """
+
+    token: Tensor
+    weight: Tensor
+    counts: Tensor
+    place_TK: Tensor | None
+
+
+def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
+    """Sort the entries of a routing by expert, or by ``position`` [E] (rank of each expert in the wanted order).
+
+    PAD entries and zero-computation kinds are left out; whether there are any is known without looking at the
+    device unless the routing is padded.
+    """
+    experts = routing.num_experts
+    key = routing.expert
+    if position is not None:
+        table = torch.cat([position, torch.arange(experts, routing.selected.numel() + 1, device=position.device)])
+        table[-1] = -1  # index PAD = -1 reads the last entry
+        key = table[key]
+    complete = not routing.padded and routing.selected.numel() == experts
+    narrow = torch.uint8 if complete and experts <= 256 else torch.int32 if not complete or experts > 32767 else torch.int16
+    order = key.to(narrow).argsort(stable=True)
+    counts = torch.bincount(key + 1, minlength=experts + 1)
+    place_TK = None
+    if complete:
+        if routing.top_k is not None:
+            inverse = torch.empty_like(order)
+            inverse[order] = torch.arange(order.numel(), device=order.device)
+            place_TK = inverse.view(routing.num_tokens, routing.top_k)
+    else:
+        first, kept = counts[:1].sum(), counts[1 : experts + 1].sum()
+        order = order[int(first) : int(first + kept)]
+    return Order(token=routing.token[order], weight=routing.weight[order], counts=counts[1 : experts + 1], place_TK=place_TK)
+
+
+def add_identity_experts(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+    """Add the contribution of zero-computation identity experts (ids >= num_experts): weight * x."""
+    if routing.selected.numel() == routing.num_experts:
+        return y
+    weight = torch.where(routing.expert >= routing.num_experts, routing.weight, 0.0)
+    share = torch.zeros(routing.num_tokens, dtype=weight.dtype, device=weight.device).index_add(0, routing.token, weight)
+    return y + share[:, None] * x.to(weight.dtype)
+
+
+class LocalExecutor:
+    """All experts are on this rank."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        order = sort_entries(routing)
+        rows = gather_rows(x, order.token, order.place_TK)
+        y = experts.compute(rows, order.counts, experts.weights())
+        y = combine_rows(y, order.weight, order.token, routing.num_tokens, order.place_TK)
+        return add_identity_experts(y, x, routing).to(x.dtype)

@@ -1,0 +1,88 @@
+"""The MoE layer: router -> capacity -> executor -> experts, plus a shared expert beside them.
+
+It names no method: what differs between papers is in its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.capacity import Capacity
+from moetrain.moe.context import LayerStatistics, RouterContext
+from moetrain.moe.execution import Executor, LocalExecutor
+from moetrain.moe.experts import Experts
+from moetrain.moe.losses import Loss
+from moetrain.moe.routers import Router
+from moetrain.moe.routing import Routing
+
+
+class MoELayer(nn.Module):
+    """x [B, S, D] -> y [B, S, D]. Statistics and weighted losses go to the forward context.
+
+    shared: an FFN that sees every token, or None. executor: replaced by ``parallel.parallelize``.
+    """
+
+    def __init__(
+        self, *, router: Router, capacity: Capacity, experts: Experts, losses: Mapping[str, Loss], shared: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.capacity = capacity
+        self.experts = experts
+        self.losses = nn.ModuleDict(losses)
+        self.shared = shared
+        self.executor: Executor = LocalExecutor()
+
+    def forward(self, x: Tensor, ctx: RouterContext) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.router(tokens, ctx)
+        executed = self.capacity(routing, ctx)
+        self.record(routing, executed, ctx)
+        y = self.executor(tokens, executed, self.experts).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
+
+    def record(self, routing: Routing, executed: Routing, ctx: RouterContext) -> None:
+        """Statistics and, in training, the auxiliary losses; a recomputed pass adds neither a second time.
+
+        It does evaluate the losses again: activation checkpointing needs both passes to save the same tensors.
+        """
+        if not ctx.forward.recomputing:
+            ctx.forward.statistics[ctx.name] = statistics(executed, ctx)
+        if ctx.training:
+            for name, loss in self.losses.items():
+                ctx.forward.add_loss(name, loss.coefficient * ctx.share(loss.scope) * loss(routing, ctx))
+
+
+@torch.no_grad()
+def statistics(routing: Routing, ctx: RouterContext) -> LayerStatistics:
+    """Sums over the valid tokens of this pass at one layer."""
+    entropy = torch.zeros((), dtype=routing.weight.dtype, device=routing.weight.device)
+    if routing.probs is not None:
+        per_token = torch.special.entr(routing.probs).sum(dim=1)
+        entropy = (per_token if ctx.valid is None else per_token[ctx.valid]).sum()
+    return LayerStatistics(routing.selected, routing.dispatched, entropy, ctx.forward.valid_tokens().to(routing.expert.device))
+
+
+@dataclass(kw_only=True)
+class MoEParts:
+    """Configurations of the replaceable parts, from which a model builds the MoE layers it wants."""
+
+    router: Any
+    experts: Any
+    capacity: Any
+    loss: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, hidden_size: int, *, dtype: torch.dtype, shared: nn.Module | None = None) -> MoELayer:
+        """One MoE layer for inputs of ``hidden_size`` features."""
+        return MoELayer(
+            router=self.router.build(hidden_size, self.experts.num_experts, dtype=dtype),
+            capacity=self.capacity.build(),
+            experts=self.experts.build(hidden_size, dtype=dtype),
+            losses={name: config.build() for name, config in self.loss.items()},
+            shared=shared,
+        )

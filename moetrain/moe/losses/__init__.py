@@ -1,0 +1,6 @@
+"""Auxiliary losses: Routing -> scalar."""
+
+from moetrain.moe.losses import balance, z
+from moetrain.moe.losses.base import Loss
+
+__all__ = ["Loss", "balance", "z"]

@@ -1,0 +1,59 @@
+"""Auxiliary losses: pure functions of a routing, with a coefficient, a scope and a stated normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.context import RouterContext, Scope
+from moetrain.moe.routing import PAD, Routing
+
+
+class Loss(nn.Module):
+    """forward(routing before capacity, ctx) -> scalar: the mean over the local units of ``scope``. The layer multiplies
+    it by ``coefficient`` and by ``ctx.share(scope)``."""
+
+    scope: Scope
+    coefficient: float
+
+    def __init__(self, *, coefficient: float, scope: Scope) -> None:
+        super().__init__()
+        self.coefficient = coefficient
+        self.scope = scope
+
+    def forward(self, routing: Routing, ctx: RouterContext) -> Tensor:
+        raise NotImplementedError
+
+
+class GroupSums:
+    """Per token group g of a scope: choices per expert and summed probabilities.
+
+    counts: [G, E] choices, without gradient. probs: [G, E] summed over the valid tokens, with gradient.
+    tokens: [G] valid tokens. A sequence is a group; the other scopes have a single one, which for micro_step is
+    summed over the data-parallel world.
+    """
+
+    def __init__(self, routing: Routing, ctx: RouterContext, scope: Scope, *, expert: Tensor | None = None, token: Tensor | None = None) -> None:
+        assert routing.probs is not None, "this loss needs the router's probabilities"
+        probs = routing.probs if ctx.valid is None else routing.probs * ctx.valid[:, None]
+        expert = routing.expert if expert is None else expert
+        token = routing.token if token is None else token
+        num_tokens, experts = probs.shape
+        self.num_groups = ctx.batch_size if scope == "sequence" else 1
+        size = num_tokens // self.num_groups
+        real = expert != PAD
+        index = torch.where(real, (token // size) * experts + expert, self.num_groups * experts)
+        counts = torch.bincount(index, minlength=self.num_groups * experts + 1)[:-1]
+        valid = ctx.forward.valid_per_sequence()
+        if valid is None:
+            tokens = torch.full((self.num_groups,), size, device=probs.device)
+        else:
+            tokens = valid if scope == "sequence" else valid.sum().view(1)
+        self.counts = ctx.reduce(counts.view(self.num_groups, experts).to(probs.dtype), scope)
+        self.probs = ctx.reduce(probs.view(self.num_groups, size, experts).sum(1), scope)
+        self.tokens = ctx.reduce(tokens.to(probs.dtype), scope)
+
+    def mean_over_groups(self, values: Tensor) -> Tensor:
+        """Mean of values [G] over the groups that have valid tokens; zero (with gradient) if none has."""
+        real = self.tokens > 0
+        return torch.where(real, values, 0.0).sum() / real.sum().clamp_min(1)

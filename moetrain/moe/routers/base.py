@@ -1,0 +1,50 @@
+"""What all routers share: a linear layer in at least float32, and the two step hooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.moe.context import LayerStatistics, RouterContext
+from moetrain.moe.routing import Routing
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Scores, softmax and losses are float32, or float64 when the model is: never a half-precision type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Router(nn.Module):
+    """Maps tokens [T, D] to a :class:`Routing`. Discrete choices go through ``ctx.once``.
+
+    num_experts: E, the experts that hold parameters.
+    """
+
+    num_experts: int
+
+    def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
+        raise NotImplementedError
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Set scheduled values before the forward passes of an optimizer step."""
+
+    def end_step(self, statistics: LayerStatistics) -> None:
+        """Update selection state from the statistics of the whole step (all ranks, valid training tokens only).
+        Called after the optimizer step, and only if that was not skipped."""
+
+
+class LinearRouter(Router):
+    """A router whose logits are ``x W^T (+ b)``, W [E', D]."""
+
+    def __init__(self, hidden_size: int, num_experts: int, *, num_columns: int | None = None, bias: bool = False, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.num_columns = num_columns or num_experts
+        self.weight = nn.Parameter(torch.empty(self.num_columns, hidden_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.num_columns, dtype=dtype)) if bias else None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[T, E'] in at least float32."""
+        x = at_least_float32(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)

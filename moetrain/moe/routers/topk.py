@@ -1,0 +1,165 @@
+"""The top-k router: one pipeline that covers the linear routers of the public models.
+
+score -> (selection bias) -> (group limit) -> top-k -> weights -> (renormalise) -> scale. Sources: Switch
+(2101.03961), GShard (2006.16668), DeepSeekMoE (2401.06066 eq. 9-11), DeepSeek-V2 (2405.04434 section 2.2.2),
+DeepSeek-V3 (2412.19437 eq. 12-16), and the models named in ``configs/router``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moetrain.config import Component, setting
+from moetrain.errors import Problem
+from moetrain.moe.context import LayerStatistics, RouterContext
+from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routing import Routing, fixed_routing
+from moetrain.registry import register
+
+Score = Literal["softmax", "sigmoid", "sqrt_softplus", "logit"]
+
+
+@register("router", "topk", source="Switch 2101.03961, GShard 2006.16668, DeepSeek-V3 2412.19437 eq. 12-16")
+@dataclass(kw_only=True)
+class TopKRouterConfig(Component):
+    """Linear router: each token takes its K best experts."""
+
+    top_k: int = setting(doc="experts per token", ge=1, follows="model.top_k")
+    score: Score = setting("softmax", doc="affinity from the logits; softmax is over all experts")
+    selected_softmax: bool = setting(False, doc="weights are the softmax over the K selected scores (GPT-OSS, Granite, JetMoE)")
+    renormalise: bool = setting(False, doc="divide the K weights of a token by their sum")
+    renormalise_epsilon: float = setting(0.0, doc="added to that sum; DeepSeek-V3 1e-20, GLaM 1e-9", ge=0)
+    renormalise_minimum: float = setting(0.0, doc="lower bound of that sum; Ernie-4.5 1e-12", ge=0)
+    scale: float = setting(1.0, doc="factor on all weights (routed_scaling_factor)", gt=0)
+    num_groups: int = setting(1, doc="groups (nodes, devices) that the experts are cut into; 1: no group limit", ge=1)
+    groups_per_token: int = setting(1, doc="groups that a token may use", ge=1)
+    group_score_experts: int = setting(1, doc="a group's score is the sum of its best n selection scores; DeepSeek-V2 1, V3 2", ge=1)
+    logit_bias: bool = setting(False, doc="learned bias inside the logits (GPT-OSS)")
+    selection_bias: bool = setting(False, doc="bias [E] that moves the selection but not the weights (aux-loss-free balancing)")
+    bias_update_rate: float = setting(0.0, doc="gamma: after each step b += gamma * sign(mean load - load); DeepSeek-V3 1e-3", ge=0)
+    num_zero_experts: int = setting(0, doc="extra columns for zero-computation identity experts (Longcat-Flash)", ge=0)
+    jitter: float = setting(0.0, doc="training: the router's input is multiplied by U[1-jitter, 1+jitter] (Switch 0.01)", ge=0, lt=1)
+    logit_soft_cap: float = setting(0.0, doc="cap * tanh(logits / cap); 0: off", ge=0)
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        if self.groups_per_token > self.num_groups:
+            yield Problem(f"{path}.groups_per_token", self.groups_per_token, f"must be <= {path}.num_groups ({self.num_groups})")
+        if self.bias_update_rate and not self.selection_bias:
+            yield Problem(f"{path}.bias_update_rate", self.bias_update_rate, f"needs {path}.selection_bias=true, or it updates nothing")
+        if self.selected_softmax and (self.score != "logit" or self.renormalise):
+            yield Problem(f"{path}.selected_softmax", True, f"needs {path}.score=logit and {path}.renormalise=false: it already normalises")
+
+    def check(self, path: str, *, num_experts: int) -> Iterable[Problem]:
+        """Rules that involve the number of experts."""
+        columns = num_experts + self.num_zero_experts
+        if columns % self.num_groups:
+            yield Problem(f"{path}.num_groups", self.num_groups, f"must divide the {columns} experts")
+            return
+        size = columns // self.num_groups
+        if self.num_groups > 1 and self.groups_per_token * size < self.top_k:
+            allowed = self.groups_per_token * size
+            yield Problem(f"{path}.top_k", self.top_k, f"must be <= the {allowed} experts in {self.groups_per_token} groups of {size}")
+        if self.num_groups > 1 and self.group_score_experts > size:
+            yield Problem(f"{path}.group_score_experts", self.group_score_experts, f"must be <= the {size} experts of a group")
+
+    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopKRouter:
+        return TopKRouter(self, hidden_size, num_experts, dtype=dtype)
+
+
+class TopKRouter(LinearRouter):
+    """See the module's docstring. Selection bias is a buffer [E'], float32, never touched by the optimizer."""
+
+    selection_bias: Tensor | None
+
+    def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
+        columns = num_experts + config.num_zero_experts
+        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, dtype=dtype)
+        self.config = config
+        buffer = torch.zeros(columns, dtype=torch.promote_types(dtype, torch.float32)) if config.selection_bias else None
+        self.register_buffer("selection_bias", buffer)
+
+    def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
+        """x: [T, D] -> fixed-k Routing."""
+        if self.config.jitter and ctx.training:
+            noise = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            x = x * (1 + self.config.jitter * (2 * noise - 1))
+        return self.route(self.logits(x), ctx)
+
+    def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
+        """logits: [T, E'] in at least float32 -> Routing."""
+        config = self.config
+        if config.logit_soft_cap:
+            logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
+        probs = distribution(logits, config.score)
+        scores = probs if config.score == "softmax" else score(logits, config.score)
+        index = ctx.once("select", lambda: self.select(scores.detach()))
+        weight = scores.gather(1, index)
+        if config.selected_softmax:
+            weight = torch.softmax(weight, dim=1)
+        if config.renormalise:
+            total = weight.sum(dim=1, keepdim=True)
+            weight = weight / (total + config.renormalise_epsilon).clamp_min(config.renormalise_minimum)
+        if config.scale != 1.0:
+            weight = weight * config.scale
+        return fixed_routing(
+            index, weight, num_experts=self.num_experts, num_columns=self.num_columns, logits=logits, probs=probs, valid=ctx.valid
+        )
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Indices [T, K] of the chosen experts, best first. scores: [T, E'] without gradient."""
+        config = self.config
+        if self.selection_bias is not None:
+            scores = scores + self.selection_bias.to(scores.dtype)
+        if config.num_groups > 1:
+            scores = limit_groups(scores, config.num_groups, config.groups_per_token, config.group_score_experts)
+        return scores.topk(config.top_k, dim=1).indices
+
+    @torch.no_grad()
+    def end_step(self, statistics: LayerStatistics) -> None:
+        """DeepSeek-V3: overloaded experts lose gamma, underloaded ones gain it, balanced ones stay."""
+        if self.selection_bias is not None and self.config.bias_update_rate:
+            load = statistics.selected.to(self.selection_bias.dtype)
+            self.selection_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
+
+
+def score(logits: Tensor, kind: Score) -> Tensor:
+    """Affinities [T, E] of logits [T, E]."""
+    if kind == "softmax":
+        return torch.softmax(logits, dim=1)
+    if kind == "sigmoid":
+        return torch.sigmoid(logits)
+    if kind == "sqrt_softplus":
+        return F.softplus(logits).sqrt()
+    return logits
+
+
+def distribution(logits: Tensor, kind: Score) -> Tensor:
+    """Affinities normalised over all experts, [T, E]; the softmax where the affinity is the logit itself.
+
+    Computed from log-affinities: a sigmoid that underflows would otherwise let a router escape the balance loss.
+    """
+    if kind == "sigmoid":
+        return torch.softmax(F.logsigmoid(logits), dim=1)
+    if kind == "sqrt_softplus":
+        # softplus(z) -> exp(z) far below zero, where its logarithm is z
+        log = torch.where(logits < -15, logits, F.softplus(logits.clamp_min(-15)).log())
+        return torch.softmax(0.5 * log, dim=1)
+    return torch.softmax(logits, dim=1)
+
+
+def limit_groups(scores: Tensor, num_groups: int, keep: int, best: int) -> Tensor:
+    """Selection scores [T, E] with all but the ``keep`` best groups of each token at -inf.
+
+    Groups are equal runs of neighbouring experts; a group's score is the sum of its ``best`` largest scores.
+    """
+    grouped = scores.unflatten(1, (num_groups, -1))
+    group_score = grouped.topk(best, dim=2).values.sum(dim=2)
+    chosen = group_score.topk(keep, dim=1).indices
+    allowed = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, chosen, True)
+    return grouped.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)

@@ -1,0 +1,44 @@
+"""Counter-based randomness: every number is a function of its coordinates, not of what was drawn before.
+
+So noise does not depend on the layout, on the order of execution or on recomputation. The mixing function is
+splitmix64's finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), on
+int64 tensors with wrapping arithmetic: torch's generators keep only 32 bits of a seed on CPU and cannot be
+indexed by token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def hash_text(text: str, bits: int = 63) -> int:
+    """A stable non-negative hash of a text, e.g. a seed joined with a parameter's name."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & ((1 << bits) - 1)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """splitmix64's output function on int64, elementwise."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``count`` numbers in [0, 1) for each key. key: [T] int64; returns [T, count] with 24 (float32) or 53 random bits."""
+    counter = torch.arange(count, device=key.device, dtype=torch.int64)
+    bits = mix(mix(key)[:, None] + counter)
+    digits = 53 if dtype == torch.float64 else 24
+    return _shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits

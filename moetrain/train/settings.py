@@ -1,0 +1,125 @@
+"""The root configuration of a training run: one dataclass per section, and the rules that cross sections.
+
+Components (model, router, ...) define their own configuration beside their code; here are only the sections of
+the run itself. Nothing below the trainer sees the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moetrain.config import Component, setting
+from moetrain.errors import Problem
+
+
+@dataclass(kw_only=True)
+class RunSection:
+    """Where a run lives."""
+
+    name: str | None = setting(None, doc="name of the run; default: the model's name and a hash of the configuration")
+    dir: str | None = setting(None, doc="run folder; default: <run.root>/<run.name>")
+    root: str = setting("runs", doc="folder in which runs get their folders")
+
+
+@dataclass(kw_only=True)
+class TrainSection:
+    """How long and on how much data to train."""
+
+    steps: int = setting(doc="optimizer steps", ge=1)
+    seed: int = setting(0, doc="seed of initial weights, data order and noise", ge=0)
+    dtype: Literal["float32", "bfloat16", "float64"] = setting("float32", doc="dtype of computation; bfloat16 keeps float32 master weights")
+    global_batch_size: int = setting(doc="sequences per optimizer step, over all ranks", ge=1)
+    micro_batch_size: int | None = setting(None, doc="sequences per rank and forward pass; default: global_batch_size / ranks", ge=1)
+    recompute: bool = setting(False, doc="activation checkpointing of every block (the routing decision is stored, not recomputed)")
+    max_skipped_steps: int = setting(20, doc="give up after this many steps in a row with non-finite gradients", ge=1)
+    threads: int | None = setting(None, doc="CPU threads per rank; default: cores / ranks on this machine", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto takes a GPU if there is one")
+
+
+@dataclass(kw_only=True)
+class CheckpointSection:
+    """When to save, what to keep, where to resume from."""
+
+    every_steps: int = setting(50, doc="steps between checkpoints; one is always written at the end", ge=1)
+    keep: int = setting(2, doc="complete checkpoints to keep", ge=1)
+    resume: str = setting("auto", doc="auto: continue the run in run.dir; never: start afresh; or a run or checkpoint folder to start from")
+    async_save: bool = setting(False, doc="write in the background while training goes on")
+
+
+@dataclass(kw_only=True)
+class MetricsSection:
+    """What is measured and how often it is written."""
+
+    every_steps: int = setting(1, doc="steps between lines of metrics.jsonl", ge=1)
+    eval_every_steps: int | None = setting(None, doc="steps between held-out evaluations; default: only after the last step", ge=1)
+    eval_batches: int = setting(8, doc="held-out batches of train.global_batch_size sequences per evaluation; fewer if the data has fewer", ge=1)
+
+
+@dataclass(kw_only=True)
+class LoggingSection:
+    """Where metrics go besides metrics.jsonl. A sink that fails never stops training."""
+
+    wandb: Literal["off", "offline", "online"] = setting("off", doc="Weights & Biases (extra: wandb)")
+    wandb_project: str = setting("moetrain", doc="Weights & Biases project")
+    tensorboard: bool = setting(False, doc="TensorBoard event files in the run folder (extra: tensorboard)")
+    display: Literal["auto", "rich", "plain", "none"] = setting("auto", doc="progress: rich on a terminal, else one line per step")
+    sample_prompt: str | None = setting("def ", doc="text that the trained model continues at the end; null: no sample")
+
+
+@dataclass(kw_only=True)
+class LaunchSection:
+    """How many processes to start; ignored under torchrun, which has started them already."""
+
+    nproc_per_node: int = setting(1, doc="processes on this machine", ge=1)
+    nnodes: int = setting(1, doc="machines; more than one needs torchrun or SLURM to start the others", ge=1)
+    timeout_seconds: float = setting(600.0, doc="a collective that takes longer is an error", gt=0)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that describes a run."""
+
+    run: RunSection
+    train: TrainSection
+    model: Any = setting(doc="architecture and sizes", group="model")
+    router: Any = setting(doc="which experts a token takes", group="router")
+    capacity: Any = setting(doc="how many tokens an expert takes", group="capacity")
+    experts: Any = setting(doc="what an expert computes", group="experts")
+    loss: dict[str, Component] = setting(default_factory=dict, doc="auxiliary losses by name", group="loss")
+    objective: Any = setting(doc="what is optimised on which batch", group="objective")
+    data: Any = setting(doc="text, tokenizer, packing", group="data")
+    optim: Any = setting(doc="optimizer", group="optim")
+    schedule: Any = setting(doc="learning-rate schedule", group="schedule")
+    parallel: Any = setting(doc="layout over ranks", group="parallel")
+    checkpoint: CheckpointSection
+    metrics: MetricsSection
+    logging: LoggingSection
+    launch: LaunchSection
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Rules across sections that hold for any number of ranks."""
+        experts, top_k = self.experts.num_experts, getattr(self.router, "top_k", None)
+        if top_k is not None and top_k > experts:
+            yield Problem("router.top_k", top_k, f"must be <= experts.num_experts ({experts})")
+        if hasattr(self.router, "check"):
+            yield from self.router.check("router", num_experts=experts)
+        for name, loss in self.loss.items():
+            if hasattr(loss, "check"):
+                yield from loss.check(f"loss.{name}", num_experts=experts, router=self.router)
+        if hasattr(self.capacity, "check"):
+            yield from self.capacity.check("capacity", num_experts=experts, router=self.router)
+
+    def layout_problems(self, world_size: int) -> Iterable[Problem]:
+        """Rules that depend on how many ranks there are."""
+        yield from self.parallel.check("parallel", world_size=world_size, num_experts=self.experts.num_experts)
+        batch, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if batch % world_size:
+            yield Problem("train.global_batch_size", batch, f"must be divisible by the {world_size} data-parallel ranks")
+        elif micro is not None and (batch // world_size) % micro:
+            yield Problem("train.micro_batch_size", micro, f"must divide the {batch // world_size} sequences that each of {world_size} ranks has per step")
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Sequences per rank and forward pass."""
+        return self.train.micro_batch_size or self.train.global_batch_size // world_size
