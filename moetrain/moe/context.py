@@ -7,7 +7,7 @@ one MoE layer. Nothing here imports ``torch.distributed``: reductions come in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -59,7 +59,6 @@ class LayerStatistics:
         )
 
 
-@dataclass(kw_only=True)
 class ForwardContext:
     """State of one forward pass over a micro-batch of B sequences of S tokens (T = B * S, batch-major).
 
@@ -71,27 +70,40 @@ class ForwardContext:
     totals:   units of each scope in the whole optimizer step, over all ranks and accumulation steps; they turn
         a local mean into a share of the global one.
     world_size: data-parallel ranks.
+    losses:   weighted auxiliary losses by name, summed over layers. statistics: by layer name.
+
+    Not a dataclass on purpose: FSDP copies dataclasses among a module's arguments, and what a layer records in a
+    copy is lost.
     """
 
-    batch_size: int
-    seq_len: int
-    valid: Tensor | None = None
-    sample: Tensor | None = None
-    token_id: Tensor | None = None
-    step: int = 0
-    total_steps: int = 1
-    seed: int = 0
-    pass_id: int = 0
-    training: bool = False
-    world_size: int = 1
-    totals: Mapping[str, float] | None = None
-    reducer: Reducer = field(default_factory=LocalReducer)
-
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    statistics: dict[str, LayerStatistics] = field(default_factory=dict)
-    carry: dict[str, Any] = field(default_factory=dict)
-    recomputing: bool = False
-    _decisions: dict[tuple[str, str], Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        seq_len: int,
+        valid: Tensor | None = None,
+        sample: Tensor | None = None,
+        token_id: Tensor | None = None,
+        step: int = 0,
+        total_steps: int = 1,
+        seed: int = 0,
+        pass_id: int = 0,
+        training: bool = False,
+        world_size: int = 1,
+        totals: Mapping[str, float] | None = None,
+        reducer: Reducer | None = None,
+    ) -> None:
+        self.batch_size, self.seq_len = batch_size, seq_len
+        self.valid, self.sample, self.token_id = valid, sample, token_id
+        self.step, self.total_steps, self.seed, self.pass_id = step, total_steps, seed, pass_id
+        self.training = training
+        self.world_size, self.totals = world_size, totals
+        self.reducer: Reducer = reducer or LocalReducer()
+        self.losses: dict[str, Tensor] = {}
+        self.statistics: dict[str, LayerStatistics] = {}
+        self.carry: dict[str, Any] = {}
+        self.recomputing = False
+        self._decisions: dict[tuple[str, str], Any] = {}
 
     def at(self, layer: str, family: str = "ffn") -> RouterContext:
         """The view of one MoE layer. layer: its dotted name in the model, e.g. ``layers.3``."""
@@ -197,8 +209,8 @@ class RouterContext:
         if scope in ("micro_step", "rank"):
             return 1.0 / totals["micro_step"]
         if scope == "token":
-            local: float | Tensor = forward.valid_tokens()
+            local: float | Tensor = forward.valid_tokens().double()
         else:
             per_sequence = forward.valid_per_sequence()
-            local = forward.batch_size if per_sequence is None else (per_sequence > 0).sum()
+            local = forward.batch_size if per_sequence is None else (per_sequence > 0).sum().double()
         return forward.world_size * local / totals[scope]

@@ -1,0 +1,1 @@
+"""Parallel layouts: everything that knows about ranks."""

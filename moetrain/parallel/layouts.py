@@ -1,0 +1,87 @@
+"""Parallel layouts as configuration: how many ranks shard, how many replicate, and who owns the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from moetrain.config import Component, setting
+from moetrain.errors import Problem
+from moetrain.registry import register
+
+LayoutName = Literal["single", "fsdp", "ep"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """replicate x shard ranks. experts: sharded like dense parameters (fsdp), or owned whole, one owner per
+    expert in each replica (ep)."""
+
+    name: LayoutName
+    replicate: int
+    shard: int
+
+    @property
+    def world_size(self) -> int:
+        return self.replicate * self.shard
+
+
+@dataclass(kw_only=True)
+class ParallelConfig(Component):
+    """Fields that all layouts share."""
+
+    tensor: int = setting(1, doc="ranks that split each matrix", ge=1)
+    replicate: int = setting(1, doc="replicas of the sharded state (HSDP); gradients are summed across them", ge=1)
+
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        """What this layout requires of the number of ranks."""
+        if self.tensor != 1:
+            yield Problem(f"{path}.tensor", self.tensor, "must be 1: tensor parallelism is not available in this version")
+        if world_size % self.replicate:
+            yield Problem(f"{path}.replicate", self.replicate, f"must divide the {world_size} ranks")
+
+    def resolve(self, world_size: int) -> Layout:
+        """The layout on this many ranks."""
+        raise NotImplementedError
+
+
+@register("parallel", "auto")
+@dataclass(kw_only=True)
+class AutoConfig(ParallelConfig):
+    """One rank: single. Several: expert parallelism with FSDP2 for everything else."""
+
+    def resolve(self, world_size: int) -> Layout:
+        return Layout("single", 1, 1) if world_size == 1 else Layout("ep", self.replicate, world_size // self.replicate)
+
+
+@register("parallel", "single")
+@dataclass(kw_only=True)
+class SingleConfig(ParallelConfig):
+    """One process, no communication."""
+
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        yield from super().check(path, world_size=world_size, num_experts=num_experts)
+        if world_size != 1:
+            yield Problem(path, "single", f"runs on 1 rank, not on {world_size}; use auto, fsdp or ep")
+
+    def resolve(self, world_size: int) -> Layout:
+        return Layout("single", 1, 1)
+
+
+@register("parallel", "fsdp", source="ZeRO-3 1910.02054, PyTorch FSDP2")
+@dataclass(kw_only=True)
+class FSDPConfig(ParallelConfig):
+    """FSDP2 for all parameters, experts included: all weights move, no tokens move."""
+
+    def resolve(self, world_size: int) -> Layout:
+        return Layout("fsdp", self.replicate, world_size // self.replicate)
+
+
+@register("parallel", "ep", source="GShard 2006.16668")
+@dataclass(kw_only=True)
+class EPConfig(ParallelConfig):
+    """Expert parallelism: each expert has one owner and tokens travel to it; FSDP2 for the dense parameters."""
+
+    def resolve(self, world_size: int) -> Layout:
+        return Layout("ep", self.replicate, world_size // self.replicate)

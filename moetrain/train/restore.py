@@ -1,0 +1,60 @@
+"""Opening a run folder: its configuration, and its model in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetrain.config import load
+from moetrain.errors import CheckpointError
+from moetrain.parallel.layouts import Layout
+from moetrain.parallel.parallelize import ParallelModel, parallelize
+from moetrain.parallel.ranks import Ranks
+from moetrain.train import checkpoint
+from moetrain.train.run import build_model
+from moetrain.train.settings import Config
+from moetrain.train.state import model_tensors
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration that a run folder was made with."""
+    import yaml
+
+    import moetrain.components  # noqa: F401  the registry must know the kinds in the file
+
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml")
+    return load(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+@dataclass
+class RestoredRun:
+    """A run's model with the weights of one checkpoint, on this process alone."""
+
+    config: Config
+    run_dir: Path
+    checkpoint: Path
+    placed: ParallelModel
+
+
+def restore(run: str, *, device: str = "auto") -> RestoredRun:
+    """run: a run folder (its newest good checkpoint is taken) or a checkpoint folder.
+
+    Raises CheckpointError if it is neither.
+    """
+    folder = Path(run).expanduser()
+    path: Path | None = folder
+    if (folder / "manifest.json").exists():
+        folder = folder.resolve().parent.parent
+    else:
+        path = checkpoint.newest_good(folder / "checkpoints")
+    config = read_config(folder)
+    if path is None:
+        raise CheckpointError(f"run {str(folder)!r} holds no complete checkpoint")
+    chunks = [chunk for chunk in checkpoint.read_manifest(path).chunks if chunk.key == "model.embed"]
+    vocab_size = max(chunk.offsets[0] + chunk.sizes[0] for chunk in chunks)
+    placed = parallelize(build_model(config, vocab_size), Layout("single", 1, 1), Ranks(), device=Ranks().device(device))
+    checkpoint.load(path, model_tensors(placed))
+    placed.model.eval()
+    return RestoredRun(config, folder, path, placed)

@@ -1,0 +1,303 @@
+"""Training one run on one rank, from data to the last checkpoint. Reads top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.config import dump
+from moetrain.data import PackedSequences, PreparedData, prepare
+from moetrain.errors import CheckpointError, ConfigError, Problem, TrainingError
+from moetrain.models.common.decoder import Decoder
+from moetrain.moe.layer import MoEParts
+from moetrain.parallel.collectives import traffic
+from moetrain.parallel.parallelize import ParallelModel, parallelize
+from moetrain.parallel.ranks import Ranks
+from moetrain.train import checkpoint, faults
+from moetrain.train.checkpoint import Checkpointer
+from moetrain.train.data import BatchPlan
+from moetrain.train.display import Display
+from moetrain.train.flops import FlopCounter, count_parameters, peak_flops
+from moetrain.train.metrics import MetricsFile, Phases, Recorder, open_sinks
+from moetrain.train.optim import set_learning_rate
+from moetrain.train.settings import Config
+from moetrain.train.state import Progress, all_tensors, model_tensors, set_update_count
+from moetrain.train.step import Objective, StepResult, accumulate_gradients, count_units, evaluate_loss
+
+log = logging.getLogger(__name__)
+Stop = Callable[[], int | None]
+
+
+def run_training(config: Config, ranks: Ranks, run_dir: Path, *, stop: Stop = lambda: None) -> dict[str, Any]:
+    """Train until ``train.steps``, or until ``stop()`` returns a signal number on any rank.
+
+    The process group must exist if there are several ranks. Returns the status ("complete" or "interrupted"), the
+    last step, the signal and, on completion, the held-out loss.
+    """
+    trainer = Trainer.start(config, ranks, run_dir)
+    with contextlib.closing(trainer):
+        trainer.resume()
+        while trainer.progress.step < config.train.steps:
+            signal = trainer.train_step(stop)
+            if signal:
+                trainer.save()
+                return {"status": "interrupted", "step": trainer.progress.step, "signal": signal, "run_dir": str(run_dir)}
+        trainer.save()
+        return {"status": "complete", "step": trainer.progress.step, "run_dir": str(run_dir), **trainer.summary()}
+
+
+def build_model(config: Config, vocab_size: int) -> Decoder:
+    """The model of a run on the meta device."""
+    parts = MoEParts(router=config.router, experts=config.experts, capacity=config.capacity, loss=config.loss)
+    with torch.device("meta"):
+        return config.model.build(parts, vocab_size=vocab_size, dtype=getattr(torch, config.train.dtype))
+
+
+@dataclass
+class Trainer:
+    """Everything that lives for the length of a run on one rank."""
+
+    config: Config
+    ranks: Ranks
+    run_dir: Path
+    data: PreparedData
+    plan: BatchPlan
+    evaluation: BatchPlan | None
+    placed: ParallelModel
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    flops: FlopCounter
+    checkpointer: Checkpointer
+    progress: Progress
+    display: Display
+    recorder: Recorder | None = None
+    last_evaluation: dict[str, float] | None = None
+    saved_step: int = -1
+
+    @classmethod
+    def start(cls, config: Config, ranks: Ranks, run_dir: Path) -> Trainer:
+        """Open the data, build and place the model, allocate the optimizer."""
+        data = prepare(config.data)
+        check_vocabulary(config, data)
+        device = ranks.device(config.train.device)
+        micro = config.micro_batch_size(ranks.world_size)
+
+        def plan(tokens: Any) -> BatchPlan:
+            sequences = PackedSequences(
+                tokens, seq_len=config.data.seq_len, eos_id=data.eos_id, mask_documents=config.data.mask_documents
+            )
+            return BatchPlan(sequences, config.train.seed, config.train.global_batch_size, micro, ranks)
+
+        model = build_model(config, data.vocab_size)
+        flops, size = FlopCounter(model), count_parameters(model)
+        placed = parallelize(
+            model, config.parallel.resolve(ranks.world_size), ranks, device=device, recompute=config.train.recompute
+        )
+        placed.initialise(config.train.seed)
+        placed.model.train()
+        display = Display.open(config.logging.display if ranks.is_main else "none", total=config.train.steps)
+        display.say(
+            f"{config.model.kind}: {size / 1e6:.2f}M parameters, vocabulary {data.vocab_size}; layout {placed.layout.name} on "
+            f"{ranks.world_size} rank(s), {device.type}, {config.train.dtype}; run folder {run_dir}"
+        )
+        return cls(
+            config=config,
+            ranks=ranks,
+            run_dir=run_dir,
+            data=data,
+            plan=plan(data.train),
+            evaluation=plan(data.evaluation) if data.evaluation.tokens.size > 1 else None,
+            placed=placed,
+            optimizer=config.optim.build(placed),
+            objective=config.objective.build(),
+            flops=flops,
+            checkpointer=Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save),
+            progress=Progress(),
+            display=display,
+        )
+
+    def resume(self) -> None:
+        """Load the newest good checkpoint of this run, or the one that checkpoint.resume names; open the metrics file."""
+        own = checkpoint.newest_good(self.run_dir / "checkpoints")
+        path = own or starting_checkpoint(self.config.checkpoint.resume)
+        if path is not None:
+            checkpoint.load(path, all_tensors(self.placed, self.optimizer))
+            self.progress = Progress.from_info(checkpoint.read_manifest(path).info)
+            set_update_count(self.optimizer, self.progress.updates)
+            self.saved_step = self.progress.step if own else -1
+            self.display.say(f"continuing after step {self.progress.step} from {path}")
+        if self.ranks.is_main:
+            self.data.save_tokenizer(self.run_dir)
+            file = MetricsFile(self.run_dir / "metrics.jsonl", resumed_step=self.progress.step)
+            self.recorder = Recorder(file, open_sinks(self.config.logging, self.run_dir, dump(self.config)))
+
+    def train_step(self, stop: Stop) -> int | None:
+        """One optimizer step with its metrics, evaluation and checkpoint. Returns the signal if all agree to stop
+        instead (nothing is done then)."""
+        config, progress, phases = self.config, self.progress, Phases()
+        started = time.perf_counter()
+        faults.point("step.begin", step=progress.step + 1)
+        with phases("data"):
+            batches = self.plan.training_batches(progress.position)
+        with phases("agree"):
+            pending = int(self.checkpointer.pending_done())
+            totals, (signals, done) = count_units(batches, self.placed, flags=(stop() or 0, pending))
+        if done == self.ranks.world_size:
+            self.checkpointer.commit()
+        if signals:
+            return signals
+        for layer in self.placed.model.moe_layers().values():
+            layer.router.begin_step(progress.step, config.train.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = accumulate_gradients(
+            self.placed,
+            self.objective,
+            batches,
+            totals,
+            seed=config.train.seed,
+            step=progress.step,
+            total_steps=config.train.steps,
+            phases=phases,
+        )
+        with phases("optimizer"):
+            lr, norm, skipped = self.update(result)
+        progress.step += 1
+        progress.position += config.train.global_batch_size
+        with phases("evaluation"):
+            self.maybe_evaluate()
+        self.record(result, phases, lr=lr, norm=norm, skipped=skipped, seconds=time.perf_counter() - started)
+        if progress.step % config.checkpoint.every_steps == 0:
+            self.save()
+        if progress.skipped_in_a_row >= config.train.max_skipped_steps:
+            raise TrainingError(
+                f"gave up at step {progress.step}: the gradients of {progress.skipped_in_a_row} steps in a row were not finite "
+                f"(train.max_skipped_steps = {config.train.max_skipped_steps})"
+            )
+        return None
+
+    def update(self, result: StepResult) -> tuple[float, float, bool]:
+        """Clip and apply the gradients, then update selection biases; or skip the step altogether if loss or gradients
+        are not finite. All ranks decide alike, since norm and loss are global. Returns (lr, gradient norm, skipped)."""
+        config, progress = self.config, self.progress
+        lr = config.optim.lr * config.schedule.factor(progress.updates, config.train.steps)
+        norm = self.placed.clip_gradients(config.optim.clip_norm).item()
+        if not (torch.isfinite(torch.tensor([norm, result.loss])).all()):
+            progress.skipped_in_a_row += 1
+            return lr, norm, True
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        for name, layer in self.placed.model.moe_layers().items():
+            layer.router.end_step(result.statistics[name])
+        progress.updates += 1
+        progress.skipped_in_a_row = 0
+        return lr, norm, False
+
+    def maybe_evaluate(self) -> None:
+        """Held-out loss after every metrics.eval_every_steps steps and after the last step."""
+        every, step = self.config.metrics.eval_every_steps, self.progress.step
+        self.last_evaluation = None
+        if self.evaluation is not None and (step == self.config.train.steps or (every and step % every == 0)):
+            batches = self.evaluation.evaluation_batches(self.config.metrics.eval_batches)
+            loss, tokens = evaluate_loss(self.placed, self.objective, batches)
+            self.last_evaluation = {"eval_loss": loss, "eval_tokens": tokens}
+
+    def record(self, result: StepResult, phases: Phases, *, lr: float, norm: float, skipped: bool, seconds: float) -> None:
+        """Write this step's line (main rank) and show it."""
+        rows = {name: int(layer.dispatched.sum()) for name, layer in result.statistics.items()}
+        flops = self.flops.step(result.tokens, self.config.data.seq_len, rows) / max(1e-9, seconds - phases.seconds.get("evaluation", 0.0))
+        sent = dict(traffic)
+        traffic.clear()
+        if self.recorder is None:
+            return
+        training_seconds = seconds - phases.seconds.get("evaluation", 0.0)
+        line: dict[str, Any] = {
+            "step": self.progress.step,
+            "loss": result.loss,
+            "loss_total": result.loss_total,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": result.tokens,
+            "tokens_per_second": result.tokens / training_seconds,
+            "step_seconds": training_seconds,
+            "model_flops_per_second": flops,
+            "skipped": skipped,
+            "position": self.progress.position,
+            **({"terms": result.terms} if result.terms else {}),
+            **(self.last_evaluation or {}),
+            "seconds": {k: v for k, v in phases.seconds.items() if k != "evaluation" or self.last_evaluation},
+            "bytes_sent": sent,
+            "experts": {name: balance(layer) for name, layer in result.statistics.items()},
+        }
+        peak = peak_flops(self.placed.device)
+        if peak is not None:
+            line["model_flops_utilisation"] = flops / (peak * self.ranks.world_size)
+            line["memory_peak_bytes"] = torch.cuda.max_memory_allocated(self.placed.device)
+        last = self.progress.step == self.config.train.steps
+        if self.progress.step % self.config.metrics.every_steps == 0 or last or self.last_evaluation:
+            self.recorder.write(line)
+        self.display.step(line)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, unless it is the one that was loaded or written last."""
+        if self.saved_step == self.progress.step:
+            return
+        info = {**self.progress.to_info(), "data": self.data.content_hash, "seed": self.config.train.seed}
+        self.checkpointer.save(self.progress.step, all_tensors(self.placed, self.optimizer), info)
+        self.saved_step = self.progress.step
+
+    def summary(self) -> dict[str, Any]:
+        """Final held-out loss, and a sample of text from one process with all weights (main rank)."""
+        if self.last_evaluation is None:
+            self.maybe_evaluate()
+        return dict(self.last_evaluation or {})
+
+    def close(self) -> None:
+        """Wait for a checkpoint in flight, close files."""
+        try:
+            self.checkpointer.finish()
+        finally:
+            self.checkpointer.close()
+            self.display.close()
+            if self.recorder is not None:
+                self.recorder.close()
+
+
+def balance(layer: Any) -> dict[str, Any]:
+    """Balance figures of one MoE layer: the heaviest expert's load over the mean, share of dropped choices, experts
+    without tokens, mean entropy of the router (nats), and the load of each expert."""
+    selected, dispatched = layer.selected.double(), layer.dispatched.sum().item()
+    total = selected.sum().item()
+    return {
+        "max_over_mean": (selected.max() / selected.mean()).item() if total else 0.0,
+        "dropped": 1.0 - dispatched / total if total else 0.0,
+        "idle": int((layer.selected == 0).sum()),
+        "entropy": (layer.entropy / layer.tokens.clamp_min(1)).item(),
+        "load": layer.selected.tolist(),
+    }
+
+
+def check_vocabulary(config: Config, data: PreparedData) -> None:
+    """A model may have more rows than the tokenizer has tokens, but not fewer."""
+    size = getattr(config.model, "vocab_size", None)
+    if size is not None and size < data.vocab_size:
+        raise ConfigError([Problem("model.vocab_size", size, f"must be >= the tokenizer's {data.vocab_size}")])
+
+
+def starting_checkpoint(resume: str) -> Path | None:
+    """The checkpoint that checkpoint.resume=<folder> means; None for auto and never."""
+    if resume in ("auto", "never"):
+        return None
+    folder = Path(resume).expanduser()
+    if (folder / "manifest.json").exists():
+        return folder
+    path = checkpoint.newest_good(folder / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"checkpoint.resume = {resume!r}: neither a checkpoint nor a run folder that holds one")
+    return path
