@@ -138,9 +138,11 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None:
-            self.finish()
-        self.close()
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            self.close()
 
     def _open(self) -> None:
         with _storage_errors(self.folder):

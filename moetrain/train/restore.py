@@ -52,8 +52,7 @@ def restore(run: str, *, device: str = "auto") -> RestoredRun:
     config = read_config(folder)
     if path is None:
         raise CheckpointError(f"run {str(folder)!r} holds no complete checkpoint")
-    chunks = [chunk for chunk in checkpoint.read_manifest(path).chunks if chunk.key == "model.embed"]
-    vocab_size = max(chunk.offsets[0] + chunk.sizes[0] for chunk in chunks)
+    vocab_size = checkpoint.read_info(path).shapes["model.embed"][0]
     placed = parallelize(build_model(config, vocab_size), Layout("single", 1, 1), Ranks(), device=Ranks().device(device))
     checkpoint.load(path, model_tensors(placed))
     placed.model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ def run_training(config: Config, ranks: Ranks, run_dir: Path, *, stop: Stop = la
     last step, the signal and, on completion, the held-out loss.
     """
     trainer = Trainer.start(config, ranks, run_dir)
-    with contextlib.closing(trainer):
+    with trainer:
         trainer.resume()
         while trainer.progress.step < config.train.steps:
             signal = trainer.train_step(stop)
@@ -128,8 +127,8 @@ class Trainer:
         own = checkpoint.newest_good(self.run_dir / "checkpoints")
         path = own or starting_checkpoint(self.config.checkpoint.resume)
         if path is not None:
-            checkpoint.load(path, all_tensors(self.placed, self.optimizer))
-            self.progress = Progress.from_info(checkpoint.read_manifest(path).info)
+            checkpoint.load(path, all_tensors(self.placed, self.optimizer), complete=True, verified=True)
+            self.progress = Progress.from_info(checkpoint.read_info(path).info)
             set_update_count(self.optimizer, self.progress.updates)
             self.saved_step = self.progress.step if own else -1
             self.display.say(f"continuing after step {self.progress.step} from {path}")
@@ -258,10 +257,14 @@ class Trainer:
             self.maybe_evaluate()
         return dict(self.last_evaluation or {})
 
-    def close(self) -> None:
-        """Wait for a checkpoint in flight, close files."""
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Wait for a checkpoint in flight (not after an error: other ranks may be gone), close files."""
         try:
-            self.checkpointer.finish()
+            if kind is None:
+                self.checkpointer.finish()
         finally:
             self.checkpointer.close()
             self.display.close()
@@ -296,6 +299,7 @@ def starting_checkpoint(resume: str) -> Path | None:
         return None
     folder = Path(resume).expanduser()
     if (folder / "manifest.json").exists():
+        checkpoint.verify(folder)
         return folder
     path = checkpoint.newest_good(folder / "checkpoints")
     if path is None:

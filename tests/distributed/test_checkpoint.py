@@ -140,7 +140,10 @@ def test_a_flipped_bit_is_refused_on_all_ranks_with_the_tensors_name(tmp_path: P
 def test_what_does_not_fit_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
     run_distributed(save, 2, tmp_path, [3], [Shard(0)])
     good = {"model.experts.1.w": torch.zeros(4, 3, dtype=torch.float64)}
-    for bad, text in (({"model.experts.9.w": torch.zeros(1)}, "model.experts.9.w"), ({"model.experts.1.w": torch.zeros(3)}, "(4, 3) instead of (3,)")):
+    for bad, text in (
+        ({"model.experts.9.w": torch.zeros(1)}, "model.experts.9.w"),
+        ({"model.experts.1.w": torch.zeros(3)}, "(4, 3) instead of (3,)"),
+    ):
         for kind, message in run_distributed(errors_of, 2, tmp_path / "step-00000003", {0: good, 1: bad}):
             assert kind == "CheckpointError"
             assert text in message

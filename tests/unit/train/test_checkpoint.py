@@ -309,6 +309,14 @@ def test_asynchronous_and_synchronous_files_are_equal(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_failed_commit_on_leaving_still_lets_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="ckpt.rename at step 2"), Checkpointer(tmp_path, keep=1, async_save=True) as checkpointer:
+        monkeypatch.setenv("MOETRAIN_FAULT", "ckpt.rename:0:2:raise")
+        checkpointer.save(2, state(2), {})
+    monkeypatch.delenv("MOETRAIN_FAULT")
+    save(tmp_path, 3)
+
+
 # One writer
 
 
@@ -361,6 +369,7 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint(tmp_path: Path, point: str
     writer.start()
     writer.join(30)
     assert writer.exitcode == -9
+    assert steps(tmp_path) == [POINTS[point]]
     assert_holds(checkpoint.newest_good(tmp_path), POINTS[point])
     assert checkpoint.newest_good(tmp_path) == checkpoint.latest(tmp_path)
     Checkpointer(tmp_path, keep=1).close()
@@ -370,9 +379,7 @@ def test_a_kill_at_any_point_leaves_a_good_checkpoint(tmp_path: Path, point: str
 
 @pytest.mark.parametrize("async_save", [False, True])
 @pytest.mark.parametrize("point", ["ckpt.shard", "ckpt.manifest", "ckpt.rename"])
-def test_an_error_while_saving_leaves_nothing_behind(
-    tmp_path: Path, point: str, async_save: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_saving_leaves_nothing_behind(tmp_path: Path, point: str, async_save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with Checkpointer(tmp_path, keep=1, async_save=async_save) as checkpointer:
         checkpointer.save(1, state(1), {})
         monkeypatch.setenv("MOETRAIN_FAULT", f"{point}:0:2:raise")
@@ -401,8 +408,8 @@ def test_a_crash_while_a_step_is_replaced_loses_nothing(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one megabyte."""
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True) if shutil.which("mount") else None
-    if mount is None or mount.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount a small disk here")
     yield tmp_path
     subprocess.run(["umount", "-l", tmp_path], check=True)

@@ -1,0 +1,56 @@
+"""Packed token files in the cache, and what training reads from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moetrain.data.tokenizers import Tokenizer, load_tokenizer
+from moetrain.errors import DataError
+
+
+@dataclass
+class TokenFile:
+    """path: raw little-endian tokens. tokens: memory-mapped, [n] uint16 or uint32. document_offsets: [documents + 1]
+    int64, where each document starts (its end token included in it)."""
+
+    path: Path
+    tokens: np.ndarray
+    document_offsets: np.ndarray
+
+
+class PreparedData:
+    """Tokenised, packed data of one source: a training and a held-out token file, and the tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.vocab_size: int = self.meta["vocab_size"]
+        self.eos_id: int = self.meta["eos_id"]
+        self.content_hash: str = folder.name
+        self.train = self._open("train")
+        self.evaluation = self._open("evaluation")
+
+    def _open(self, split: str) -> TokenFile:
+        path = self.folder / f"{split}.tokens"
+        count, dtype = self.meta[split]["tokens"], np.dtype(self.meta["dtype"])
+        found = path.stat().st_size if path.exists() else -1
+        if found != count * dtype.itemsize:
+            raise DataError(f"{path} has {found} bytes instead of {count * dtype.itemsize}: delete {self.folder} to prepare the data again")
+        tokens = np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
+        return TokenFile(path, tokens, np.load(self.folder / f"{split}.documents.npy"))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's definition into a run folder, so that the run does not depend on the cache."""
+        target = folder / "tokenizer.json"
+        if not target.exists():
+            target.write_text((self.folder / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Where documents come from. Each source is a registered configuration that lists its files and yields texts."""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moetrain.config import Component, setting
+from moetrain.data.cache import cache_dir
+from moetrain.errors import DataError, Problem
+from moetrain.registry import register
+
+
+@dataclass(kw_only=True)
+class DataConfig(Component):
+    """Fields that all sources share."""
+
+    seq_len: int = setting(256, doc="S, tokens per training sequence", ge=1)
+    tokenizer: str = setting("bpe", doc="bpe: byte-level BPE trained on the data; bytes; or the path of a tokenizer.json")
+    vocab_size: int = setting(4096, doc="size of the trained BPE", ge=257)
+    eval_fraction: float = setting(0.02, doc="share of the documents that is held out for evaluation", ge=0, lt=1)
+    mask_documents: bool = setting(False, doc="attention does not cross document boundaries")
+    max_documents: int | None = setting(None, doc="read at most this many documents", ge=1)
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        if self.tokenizer not in ("bpe", "bytes") and not Path(self.tokenizer).expanduser().is_file():
+            yield Problem(f"{path}.tokenizer", self.tokenizer, "must be bpe, bytes, or the path of an existing tokenizer.json")
+
+    def files(self) -> list[Path]:
+        """The files that documents are read from, in a stable order. Raises DataError if there are none."""
+        raise NotImplementedError
+
+    def documents(self, file: Path) -> Iterator[str]:
+        """The documents in one file. Raises DataError naming the file if it cannot be read."""
+        raise NotImplementedError
+
+
+def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
+    """A file, the matches of a glob, or the files with these suffixes below a folder. Raises DataError if there are none."""
+    root = Path(path).expanduser()
+    if root.is_dir():
+        files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in suffixes)
+        wanted = f"a folder without {' or '.join(suffixes)} files"
+    else:
+        files = [root] if root.is_file() else sorted(Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file())
+        wanted = "no such file or folder"
+    if not files:
+        raise DataError(f"data.path = {path!r}: {wanted}")
+    return files
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file. Raises DataError naming the byte that is not UTF-8."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}); convert the file or leave it out") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+@register("data", "stdlib")
+@dataclass(kw_only=True)
+class StdlibConfig(DataConfig):
+    """Sources and docstrings of Python's standard library, which is on every machine; one document per file."""
+
+    SKIPPED = ("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__")
+
+    def files(self) -> list[Path]:
+        root = Path(sysconfig.get_path("stdlib"))
+        return sorted(p for p in root.rglob("*.py") if not set(p.relative_to(root).parts) & set(self.SKIPPED))
+
+    def documents(self, file: Path) -> Iterator[str]:
+        try:
+            yield file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            return  # a few files declare other encodings
+
+
+@register("data", "text")
+@dataclass(kw_only=True)
+class TextConfig(DataConfig):
+    """UTF-8 text files."""
+
+    path: str = setting(doc="file, glob, or folder with .txt or .md files")
+    split: Literal["file", "paragraph", "line"] = setting("file", doc="what a document is")
+
+    def files(self) -> list[Path]:
+        return find_files(self.path, suffixes=(".txt", ".md"))
+
+    def documents(self, file: Path) -> Iterator[str]:
+        text = read_text(file)
+        separator = {"file": None, "paragraph": "\n\n", "line": "\n"}[self.split]
+        yield from (text.split(separator) if separator else [text])
+
+
+@dataclass(kw_only=True)
+class TableConfig(DataConfig):
+    """Rows of files that the ``datasets`` library reads; one document per row."""
+
+    path: str = setting(doc="file, glob, or folder")
+    column: str = setting("text", doc="column that holds the text")
+    streaming: bool = setting(False, doc="read rows one by one, without datasets' own copy in the cache")
+
+    BUILDER = ""
+    SUFFIXES: tuple[str, ...] = ()
+
+    def files(self) -> list[Path]:
+        return find_files(self.path, suffixes=self.SUFFIXES)
+
+    def documents(self, file: Path) -> Iterator[str]:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            table = datasets.load_dataset(
+                self.BUILDER, data_files=str(file), split="train", streaming=self.streaming, cache_dir=str(cache_dir() / "datasets")
+            )
+            columns = table.column_names or list(next(iter(table), {}))
+            if self.column not in columns:
+                raise DataError(f"{file}: has no column data.column = {self.column!r}; it has {', '.join(columns) or 'no rows'}")
+            for number, row in enumerate(table):
+                if not isinstance(row[self.column], str):
+                    raise DataError(f"{file}: row {number}, column {self.column!r} holds {type(row[self.column]).__name__}, not text")
+                yield row[self.column]
+        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError, StopIteration) as error:
+            cause = error.__cause__ or error
+            raise DataError(f"{file}: cannot be read as {self.BUILDER} ({cause})") from error
+
+
+@register("data", "json")
+@dataclass(kw_only=True)
+class JsonConfig(TableConfig):
+    """JSON or JSON-lines files."""
+
+    BUILDER = "json"
+    SUFFIXES = (".json", ".jsonl")
+
+
+@register("data", "parquet")
+@dataclass(kw_only=True)
+class ParquetConfig(TableConfig):
+    """Parquet files."""
+
+    BUILDER = "parquet"
+    SUFFIXES = (".parquet",)
+
+
+@register("data", "arrow")
+@dataclass(kw_only=True)
+class ArrowConfig(TableConfig):
+    """Arrow files."""
+
+    BUILDER = "arrow"
+    SUFFIXES = (".arrow",)
