@@ -1,0 +1,1 @@
+"""Composition of configurations, run folders, processes and signals."""

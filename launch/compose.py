@@ -1,0 +1,102 @@
+"""Hydra: fills its ConfigStore from the registry, runs a command as a Hydra application, turns its errors into ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+from moetrain import registry
+from moetrain.config import defaults, load
+from moetrain.errors import ConfigError
+from moetrain.train.settings import Config
+
+SECTIONS = ("run", "train", "checkpoint", "metrics", "logging", "launch")
+
+
+def shipped(group: str) -> list[str]:
+    """Names of the YAML options of a group."""
+    folder = resources.files("moetrain.configs") / group
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
+
+
+def fill_config_store() -> None:
+    """Copy the registry into Hydra's ConfigStore; a YAML option of the same name wins."""
+    import typing
+
+    from hydra.core.config_store import ConfigStore
+
+    import moetrain.components  # noqa: F401  importing registers
+
+    store = ConfigStore.instance()
+    hints = typing.get_type_hints(Config)
+    store.store(name="sections", node={section: defaults(hints[section]) for section in SECTIONS})
+    for group in registry.groups():
+        for name, component in registry.components(group).items():
+            if name not in shipped(group):
+                package = f"loss.{name}" if group == "loss" else group
+                store.store(group=group, name=name, node=defaults(component), package=package)
+
+
+def build_config(plain: dict[str, Any]) -> Config:
+    """The typed configuration. Raises ConfigError listing every problem, also those that depend on the number of ranks."""
+    from moetrain.parallel.ranks import Ranks
+
+    config = load(Config, plain)
+    launched = Ranks.detect().world_size if "WORLD_SIZE" in os.environ else config.launch.nproc_per_node * config.launch.nnodes
+    problems = list(config.layout_problems(launched))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None]) -> None:
+    """Run ``job(resolved plain configuration)`` under Hydra with these command-line arguments (also --help, --cfg, -m).
+
+    Raises ConfigError for whatever Hydra or OmegaConf refuse.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fill_config_store()
+    # Hydra then raises instead of printing its own message and leaving with status 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    @hydra.main(version_base="1.3", config_path="pkg://moetrain.configs", config_name="config")
+    def main(composed: Any) -> None:
+        # outside the except clause below, which is for composition alone
+        try:
+            plain = OmegaConf.to_container(composed, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_message(error)) from error
+        job({"loss": {}, **plain})  # type: ignore[dict-item]
+
+    previous = sys.argv
+    sys.argv = ["moetrain train", *arguments]
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_message(error)) from error
+    except ValueError as error:
+        if str(error).startswith("Config group override"):
+            raise ConfigError(_message(error)) from error
+        raise
+    finally:
+        sys.argv = previous
+
+
+def _message(error: Exception) -> str:
+    """Hydra's message with the causes that name keys and values, without its internals."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        lines = [line.strip() for line in str(current).splitlines() if line.strip()]
+        text = "; ".join(line for line in lines if not line.startswith(("object_type", "reference_type", "See https", "Set the env")))
+        if text and text not in parts:
+            parts.append(text)
+        current = current.__cause__
+    return "; ".join(parts)

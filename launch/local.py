@@ -1,0 +1,200 @@
+"""Starting the ranks of a run: in this process, as workers of torch's elastic launcher, or as one of torchrun's."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moetrain.config import dump, load
+from moetrain.errors import ConfigError, MoetrainError
+from moetrain.launch.compose import build_config
+from moetrain.launch.runs import check_compatible, check_resume, config_hash, open_run, resolve_run_dir
+from moetrain.launch.signals import stop_on_signals
+from moetrain.parallel.ranks import Ranks
+from moetrain.train.settings import Config
+
+
+class ReportedError(MoetrainError):
+    """A failure of a worker, already worded for the user."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def train(plain: dict[str, Any]) -> dict[str, Any]:
+    """Train from a resolved plain configuration; returns what the main rank's run_training returned.
+
+    Everything that the user can have got wrong is checked, and the data prepared, before any process starts.
+    """
+    config = build_config(plain)
+    if "RANK" in os.environ:
+        return train_under_torchrun(config)
+    if config.launch.nnodes > 1:
+        raise ConfigError(
+            f"launch.nnodes = {config.launch.nnodes}: start moetrain on every machine with torchrun --nnodes {config.launch.nnodes} "
+            f"--nproc-per-node {config.launch.nproc_per_node} --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m moetrain.launch.train ..."
+        )
+    run_dir = resolve_run_dir(config)
+    check_resume(config, run_dir)
+    check_compatible(config, run_dir)
+    prepare_data(config)
+    open_run(config, run_dir)
+    if config.launch.nproc_per_node == 1:
+        with stop_on_signals() as stop:
+            return run_rank(config, Ranks(), run_dir, stop)
+    return start_workers(config, run_dir)
+
+
+def prepare_data(config: Config) -> None:
+    """Prepare the data, with a message if that takes work, and refuse a vocabulary that does not fit."""
+    from moetrain.data import prepare
+    from moetrain.train.run import check_vocabulary
+
+    shown: set[str] = set()
+
+    def progress(stage: str, done: int, total: int | None) -> None:
+        if stage != "reading" and stage not in shown and Ranks.detect().is_main:
+            shown.add(stage)
+            print(f"preparing the data: {stage}", flush=True)
+
+    check_vocabulary(config, prepare(config.data, progress=progress))
+
+
+def run_rank(config: Config, ranks: Ranks, run_dir: Path, stop: Any) -> dict[str, Any]:
+    """run_training on this rank, with its threads and device set."""
+    from moetrain.train.run import run_training
+
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    device = ranks.device(config.train.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return run_training(config, ranks, run_dir, stop=stop)
+
+
+def join_group(config: Config, ranks: Ranks) -> None:
+    """The default process group: gloo on CPU; nccl with gloo beside it (for checkpoints) on GPU."""
+    backend = "gloo" if ranks.device(config.train.device).type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.launch.timeout_seconds))
+
+
+def die_with_parent() -> None:
+    """Linux: this process is killed when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def worker(plain: dict[str, Any], run_dir: str, errors: str) -> dict[str, Any]:
+    """One rank started by :func:`start_workers`. A user's error is left in the folder ``errors`` for the launcher."""
+    die_with_parent()
+    import moetrain.components  # noqa: F401  the registry of a fresh process
+
+    ranks = Ranks.detect()
+    with stop_on_signals() as stop:
+        try:
+            config = load(Config, plain)
+            join_group(config, ranks)
+            result = run_rank(config, ranks, Path(run_dir), stop)
+            dist.destroy_process_group()
+            return result
+        except MoetrainError as error:
+            report = {"message": str(error), "exit_code": error.exit_code}
+            Path(errors, f"{ranks.rank}.json").write_text(json.dumps(report), encoding="utf-8")
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+
+
+def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Run all ranks of this machine as child processes and wait for them. Raises ReportedError with the first failure."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # the agent logs what is reported below, once and in fewer words
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.launch.nproc_per_node)))
+
+    def forward(number: int) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None and child.is_alive():
+                os.kill(child.pid, number)
+
+    with tempfile.TemporaryDirectory(prefix="moetrain-") as scratch, stop_on_signals(forward):
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=config.launch.nproc_per_node,
+            run_id=f"moetrain-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: workers finish their step
+        )
+        try:
+            results = elastic_launch(launch, worker)(dump(config), str(run_dir), scratch)
+        except ChildFailedError as error:
+            raise describe_failure(error, Path(scratch)) from error
+    return results[0]
+
+
+def describe_failure(error: Any, scratch: Path) -> ReportedError:
+    """What the first rank that failed has to say."""
+    for file in sorted(scratch.glob("*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return ReportedError(report["message"], report["exit_code"])
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return ReportedError(f"rank {rank} was killed by {name}; the same command continues from the last checkpoint")
+    if failure.exitcode == 128 + signal.SIGINT:
+        return ReportedError("interrupted before the current step was done", failure.exitcode)
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", message)
+        if isinstance(message, dict):
+            message = message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
+    return ReportedError(f"rank {rank} failed:\n{message}")
+
+
+def train_under_torchrun(config: Config) -> dict[str, Any]:
+    """This process is one of torchrun's workers: rank 0's configuration and run folder hold for all."""
+    ranks = Ranks.detect()
+    prepare_data(config)  # behind a lock: one rank of a machine works, the others find the result
+    with stop_on_signals() as stop:
+        join_group(config, ranks)
+        decision: list[Any] = [None]
+        if ranks.is_main:
+            try:
+                run_dir = resolve_run_dir(config)
+                check_resume(config, run_dir)
+                open_run(config, run_dir)
+                decision = [{"run_dir": str(run_dir), "config": dump(config)}]
+            except MoetrainError as error:
+                decision = [{"error": str(error), "exit_code": error.exit_code}]
+        dist.broadcast_object_list(decision)
+        if "error" in decision[0]:
+            raise ReportedError(decision[0]["error"], decision[0]["exit_code"])
+        theirs = load(Config, decision[0]["config"])
+        if config_hash(theirs) != config_hash(config):
+            raise ReportedError(f"rank {ranks.rank} was started with another configuration than rank 0", 2)
+        result = run_rank(theirs, ranks, Path(decision[0]["run_dir"]), stop)
+        dist.destroy_process_group()
+        return result

@@ -1,0 +1,199 @@
+"""The ``moetrain`` command. Light at import: worker processes import it again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moetrain.errors import ConfigError, MoetrainError
+
+OVERVIEW = """\
+moetrain: trains sparse Mixture-of-Experts models
+
+  moetrain train [overrides]        train, or continue a run; --help shows every setting, -m sweeps
+  moetrain prepare [overrides]      tokenise and pack the data ahead of time
+  moetrain evaluate run=DIR         held-out loss and perplexity of a run
+  moetrain generate run=DIR prompt="def "
+  moetrain list [GROUP]             what can be chosen: routers, losses, models, ...
+  moetrain --version
+
+On several ranks: moetrain train launch.nproc_per_node=4 parallel=ep
+or torchrun --nproc-per-node 4 -m moetrain.launch.train [overrides]
+
+Exit codes: 0 done, 2 bad configuration, data or checkpoint, 3 storage, 4 training diverged,
+130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (a checkpoint was written), 1 anything else.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if command == "--version":
+        from moetrain import __version__
+
+        print(f"moetrain {__version__}")
+        return 0
+    if command in ("help", "--help", "-h"):
+        print(OVERVIEW)
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "prepare": prepare,
+        "evaluate": evaluate,
+        "generate": generate,
+        "list": list_components,
+    }
+    if command not in commands:
+        print(f"moetrain: no command {command!r}\n\n{OVERVIEW}", file=sys.stderr)
+        return 2
+    try:
+        return commands[command](rest)
+    except MoetrainError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def report(error: MoetrainError) -> None:
+    """Print an error once, whatever the number of ranks that found it."""
+    from moetrain.parallel.ranks import Ranks
+
+    if Ranks.detect().is_main:
+        print(f"moetrain: error: {error}", file=sys.stderr, flush=True)
+
+
+def train(arguments: list[str]) -> int:
+    """moetrain train."""
+    from moetrain.launch.compose import run_application
+
+    def job(plain: dict[str, Any]) -> None:
+        from moetrain.launch.local import train as start
+        from moetrain.parallel.ranks import Ranks
+
+        result = start(plain)
+        main_rank = Ranks.detect().is_main
+        if result["status"] == "interrupted":
+            if main_rank:
+                print(f"stopped after step {result['step']}; the same command continues it. Run folder: {result['run_dir']}", flush=True)
+            sys.exit(128 + result["signal"])
+        if main_rank:
+            show_result(result, plain["logging"]["sample_prompt"])
+
+    run_application(arguments, job)
+    return 0
+
+
+def show_result(result: dict[str, Any], prompt: str | None) -> None:
+    """The end of a finished run: held-out loss, a sample of text, the run folder."""
+    print(f"done: {result['step']} steps" + (f", held-out loss {result['eval_loss']:.4f}" if "eval_loss" in result else ""))
+    if prompt:
+        from moetrain.inference.generate import GenerateSettings
+        from moetrain.inference.generate import main as sample
+
+        written = sample(GenerateSettings(run=result["run_dir"], prompt=prompt))
+        print(f"sample:\n{written['prompt']}{written['text']}")
+    print(f"run folder: {result['run_dir']}", flush=True)
+
+
+def prepare(arguments: list[str]) -> int:
+    """moetrain prepare."""
+    from moetrain.launch.compose import run_application
+
+    def job(plain: dict[str, Any]) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from moetrain.data import prepare as run
+        from moetrain.launch.compose import build_config
+
+        config = build_config(plain)
+        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+            task = bar.add_task("reading", total=None)
+            data = run(config.data, progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total))
+        print(f"{data.folder}\ntrain: {data.meta['train']['tokens']:,} tokens in {data.meta['train']['documents']:,} documents; "
+              f"held out: {data.meta['evaluation']['tokens']:,} in {data.meta['evaluation']['documents']:,}; vocabulary {data.vocab_size}")  # fmt: skip
+
+    run_application(arguments, job)
+    return 0
+
+
+def keyword_settings(cls: type, arguments: list[str]) -> Any:
+    """A settings dataclass from ``key=value`` arguments; values are read as YAML, texts may hold anything."""
+    import yaml
+
+    import moetrain.components  # noqa: F401
+    from moetrain.config import describe, load
+
+    values: dict[str, Any] = {}
+    described = describe(cls)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key in ("--help", "-h"):
+            lines = "\n".join(f"  {s.name}={'' if s.default == '???' else s.default}   {s.doc}" for s in described)
+            raise ConfigError(f"arguments are key=value; {argument!r} is not. Keys:\n{lines}")
+        texts = [s.name for s in described if s.name in ("prompt", "run", "device")]
+        values[key] = value if key in texts else yaml.safe_load(value)
+    return load(cls, values)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """moetrain evaluate."""
+    from moetrain.train.evaluate import EvaluateSettings
+    from moetrain.train.evaluate import main as run
+
+    result = run(keyword_settings(EvaluateSettings, arguments))
+    print(f"loss {result['loss']!r}  perplexity {result['perplexity']:.4f}  tokens {result['tokens']}  checkpoint {result['checkpoint']}")
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """moetrain generate."""
+    from moetrain.inference.generate import GenerateSettings
+    from moetrain.inference.generate import main as run
+
+    result = run(keyword_settings(GenerateSettings, arguments))
+    print(result["prompt"] + result["text"])
+    return 0
+
+
+def list_components(arguments: list[str]) -> int:
+    """moetrain list: names, what they are, where they are from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import moetrain.components  # noqa: F401
+    from moetrain import registry
+    from moetrain.launch.compose import shipped
+
+    groups = [*registry.groups(), "experiment"]
+    wanted = groups
+    if arguments:
+        singular = {**{g: g for g in groups}, **{f"{g}s": g for g in groups}, "losses": "loss", "capacities": "capacity"}
+        if arguments[0] not in singular:
+            raise ConfigError(f"no group {arguments[0]!r}; groups: {', '.join(groups)}")
+        wanted = [singular[arguments[0]]]
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for group in wanted:
+        table = Table(title=group, title_justify="left", box=None, padding=(0, 2))
+        for column in ("name", "what it is", "source"):
+            table.add_column(column, overflow="fold")
+        for name, component in registry.components(group).items():
+            table.add_row(name, (component.__doc__ or "").strip().splitlines()[0], getattr(component, "source", ""))
+        for name in shipped(group):
+            if name not in registry.components(group):
+                table.add_row(name, preset_comment(group, name), "preset")
+        console.print(table, highlight=False)
+        console.print()
+    return 0
+
+
+def preset_comment(group: str, name: str) -> str:
+    """The first comment of a YAML preset."""
+    from importlib import resources
+
+    text = (resources.files("moetrain.configs") / group / f"{name}.yaml").read_text(encoding="utf-8")
+    comments = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+    return comments[0] if comments else ""
