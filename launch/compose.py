@@ -10,10 +10,18 @@ from typing import Any
 
 from moetrain import registry
 from moetrain.config import defaults, load
-from moetrain.errors import ConfigError
+from moetrain.errors import ConfigError, MoetrainError
 from moetrain.train.settings import Config
 
 SECTIONS = ("run", "train", "checkpoint", "metrics", "logging", "launch")
+
+
+class SweepError(MoetrainError):
+    """Several jobs of a sweep failed; the exit code is the first one's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def shipped(group: str) -> list[str]:
@@ -58,6 +66,7 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
     Raises ConfigError for whatever Hydra or OmegaConf refuse.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -73,8 +82,13 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
             plain = OmegaConf.to_container(composed, resolve=True)
         except OmegaConfBaseException as error:
             raise ConfigError(_message(error)) from error
-        job({"loss": {}, **plain})  # type: ignore[dict-item]
+        try:
+            job({"loss": {}, **plain})  # type: ignore[dict-item]
+        except MoetrainError as error:
+            # Hydra would print a line of its own; and the other jobs of a sweep go on
+            failures.append((OmegaConf.to_container(HydraConfig.get().overrides.task), error))
 
+    failures: list[tuple[Any, MoetrainError]] = []
     previous = sys.argv
     sys.argv = ["moetrain train", *arguments]
     try:
@@ -87,6 +101,11 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
         raise
     finally:
         sys.argv = previous
+    if len(failures) == 1:
+        raise failures[0][1]
+    if failures:
+        lines = "\n".join(f"  {' '.join(overrides)}: {error}" for overrides, error in failures)
+        raise SweepError(f"{len(failures)} jobs of the sweep failed:\n{lines}", failures[0][1].exit_code)
 
 
 def _message(error: Exception) -> str:

@@ -77,7 +77,8 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, stop: Any) -> dict[str
     """run_training on this rank, with its threads and device set."""
     from moetrain.train.run import run_training
 
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    if config.train.threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     device = ranks.device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -127,7 +128,6 @@ def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
     # the agent logs what is reported below, once and in fewer words
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.launch.nproc_per_node)))
 
     def forward(number: int) -> None:
         for child in multiprocessing.active_children():
@@ -166,12 +166,11 @@ def describe_failure(error: Any, scratch: Path) -> ReportedError:
         return ReportedError(f"rank {rank} was killed by {name}; the same command continues from the last checkpoint")
     if failure.exitcode == 128 + signal.SIGINT:
         return ReportedError("interrupted before the current step was done", failure.exitcode)
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", message)
-        if isinstance(message, dict):
-            message = message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
-    return ReportedError(f"rank {rank} failed:\n{message}")
+    report = failure.message
+    if isinstance(report, dict):  # what torch's @record wrote: {"message": {"message": ..., "extraInfo": {...}}}
+        inner = report.get("message", report)
+        report = inner.get("extraInfo", {}).get("py_callstack", inner) if isinstance(inner, dict) else inner
+    return ReportedError(f"rank {rank} failed:\n{report}")
 
 
 def train_under_torchrun(config: Config) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _dataclass(cls: type, data: Any, path: str, problems: list[Problem]) -> Any:
     for key in data:
         if key not in fields and key != "kind":
             close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(Problem(_join(path, str(key)), data[key], f"unknown key{hint} Valid keys: {', '.join(fields)}" if fields else "unknown key"))
+            hint = f", did you mean {close[0]}?" if close else ""
+            problems.append(Problem(_join(path, str(key)), data[key], f"unknown key{hint}; valid keys: {', '.join(fields) or 'none'}"))
     values = {}
     for name, f in fields.items():
         here = _join(path, name)

@@ -55,6 +55,15 @@ class ParallelModel:
         """Trainable parameters by name."""
         return self.model.named_parameters()
 
+    def reshard(self) -> None:
+        """Put sharded parameters back in place: FSDP leaves the root's gathered after a forward without backward."""
+        if self.world is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last backward of a step: FSDP has averaged its gradients over the data-parallel world; owned expert

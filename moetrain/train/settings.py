@@ -34,7 +34,7 @@ class TrainSection:
     micro_batch_size: int | None = setting(None, doc="sequences per rank and forward pass; default: global_batch_size / ranks", ge=1)
     recompute: bool = setting(False, doc="activation checkpointing of every block (the routing decision is stored, not recomputed)")
     max_skipped_steps: int = setting(20, doc="give up after this many steps in a row with non-finite gradients", ge=1)
-    threads: int | None = setting(None, doc="CPU threads per rank; default: cores / ranks on this machine", ge=1)
+    threads: int | None = setting(None, doc="CPU threads per rank; default: $OMP_NUM_THREADS, else cores / ranks on this machine", ge=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto takes a GPU if there is one")
 
 

@@ -152,6 +152,7 @@ def evaluate_loss(placed: ParallelModel, objective: Objective, batches: Sequence
         ctx = make_context(batch, placed, training=False, seed=0, step=0, total_steps=1)
         sums[0] += objective(placed.model, batch, ctx).main
         sums[1] += (batch.targets != IGNORE).sum()
+    placed.reshard()
     placed.model.train()
     loss, tokens = all_sum(sums, placed.world).tolist()
     return loss / max(1.0, tokens), int(tokens)
