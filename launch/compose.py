@@ -90,7 +90,9 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
 
     failures: list[tuple[Any, MoetrainError]] = []
     previous = sys.argv
-    sys.argv = ["moetrain train", *arguments]
+    # argparse takes overrides on one side of a flag only; -m may stand anywhere
+    multirun = [a for a in arguments if a in ("-m", "--multirun")]
+    sys.argv = ["moetrain train", *multirun, *(a for a in arguments if a not in multirun)]
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
