@@ -1,0 +1,36 @@
+"""Feeding stored logits to routers and losses."""
+
+import torch
+
+from moetrain.moe.context import ForwardContext
+from moetrain.moe.routers.topk import TopKRouter, TopKRouterConfig
+
+
+def context(tokens, *, batch_size=1, valid=None, training=True, reducer=None):
+    forward = ForwardContext(batch_size=batch_size, seq_len=tokens // batch_size, valid=valid, training=training, reducer=reducer)
+    return forward.at("golden")
+
+
+def router(hidden_size, num_experts, dtype, **settings):
+    made = TopKRouter(TopKRouterConfig(**settings), hidden_size, num_experts, dtype=dtype)
+    if made.selection_bias is not None:
+        made.selection_bias.zero_()
+    return made
+
+
+def route_logits(logits, ctx, *, bias=None, num_experts=None, **settings):
+    """A TopKRouter's routing of given logits."""
+    made = router(1, (num_experts or logits.shape[1]), logits.dtype, selection_bias=bias is not None, **settings)
+    if bias is not None:
+        made.selection_bias = bias.to(logits.dtype)
+    return made.route(logits, ctx)
+
+
+def dense_map(routing):
+    """Routing as (selected [T, E] bool, weight [T, E])."""
+    columns = routing.selected.numel()
+    weight = torch.zeros(routing.num_tokens, columns, dtype=routing.weight.dtype)
+    selected = torch.zeros(routing.num_tokens, columns, dtype=torch.bool)
+    real = routing.expert >= 0
+    index = (routing.token[real], routing.expert[real])
+    return selected.index_put(index, torch.tensor(True)), weight.index_put(index, routing.weight[real])
