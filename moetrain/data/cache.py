@@ -1,15 +1,21 @@
-"""The shared cache: tokenizers and packed data, by content hash."""
+"""The shared cache: tokenizers and packed data, by content hash.
+
+An entry is built in a folder beside its place and appears by rename, so a half-written one is never seen.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moetrain.errors import StorageError
+
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_dir() -> Path:
@@ -18,8 +24,9 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Exclusive lock on a file among processes; released also by a process that is killed."""
+def locked(name: str) -> Iterator[None]:
+    """Exclusive lock among the processes that share the cache; released also when its holder is killed."""
+    path = cache_dir() / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -27,11 +34,42 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def new_entry(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` if the block ends without an error. The caller holds the entry's lock."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _sync_folder(temporary)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a whole file, on disk when this returns."""
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into StorageError."""
+    """Turn a disk that refuses to be written (full, read-only, not ours) into StorageError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES):
-            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        if error.errno in _REFUSED:
+            raise StorageError(f"cannot write {path}: {error.strerror} (MOETRAIN_CACHE sets the cache's place)") from error
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -42,7 +42,10 @@ def permute(index: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
 
 
 def sample_at(seed: int, index: np.ndarray, num_samples: int) -> np.ndarray:
-    """Which of ``num_samples`` samples is at each global sample index. index: [n] int64 >= 0; returns [n] int64."""
+    """Which of ``num_samples`` samples is at each global sample index. index: [n] int64 >= 0; returns [n] int64.
+
+    Every epoch (``num_samples`` indices in a row) shows each sample once. seed >= 0, num_samples >= 1.
+    """
     index = np.asarray(index, dtype=np.int64)
     epoch = (index // num_samples).astype(np.uint64)
     key = _mix(_mix(np.full(index.shape, seed, dtype=np.uint64)) ^ _mix(epoch + _GOLDEN))

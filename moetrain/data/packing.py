@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -12,25 +10,23 @@ from moetrain.errors import DataError
 from moetrain.objectives.batch import IGNORE, Batch
 
 
-@dataclass
 class PackedSequences:
     """Sample i is tokens [i * S, i * S + S] of the stream: S inputs and their next tokens. The last one may be short;
-    it is padded with end-of-document inputs whose targets do not count."""
+    it is padded with end-of-document inputs whose targets do not count.
 
-    tokens: TokenFile
-    seq_len: int
-    eos_id: int
-    mask_documents: bool = False
+    seq_len: S. mask_documents: number the documents of each sequence. Raises DataError if there is no sample.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, tokens: TokenFile, *, seq_len: int, eos_id: int, mask_documents: bool = False) -> None:
+        self.tokens, self.seq_len, self.eos_id, self.mask_documents = tokens, seq_len, eos_id, mask_documents
         if len(self) == 0:
-            raise DataError(f"{self.tokens.path}: {self.tokens.tokens.size} tokens are too few to predict one from another")
+            raise DataError(f"{tokens.path}: {tokens.tokens.size} token(s), but a sample needs at least 2")
 
     def __len__(self) -> int:
         return max(0, -(-(self.tokens.tokens.size - 1) // self.seq_len))
 
     def batch(self, samples: np.ndarray, global_index: np.ndarray) -> Batch:
-        """Sequences ``samples`` [B], known to noise and reports as ``global_index`` [B]."""
+        """Sequences ``samples`` [B] int64 in [0, len), known to noise and reports as ``global_index`` [B] int64."""
         length = self.seq_len + 1
         rows = np.full((len(samples), length), IGNORE, dtype=np.int64)
         for row, sample in zip(rows, samples, strict=True):

@@ -16,8 +16,8 @@ from moetrain.errors import DataError
 
 @dataclass
 class TokenFile:
-    """path: raw little-endian tokens. tokens: memory-mapped, [n] uint16 or uint32. document_offsets: [documents + 1]
-    int64, where each document starts (its end token included in it)."""
+    """path: raw little-endian tokens. tokens: memory-mapped, [n] uint16 or uint32. document_offsets: memory-mapped,
+    [documents + 1] int64, where each document starts (its end token belongs to it)."""
 
     path: Path
     tokens: np.ndarray
@@ -25,11 +25,17 @@ class TokenFile:
 
 
 class PreparedData:
-    """Tokenised, packed data of one source: a training and a held-out token file, and the tokenizer."""
+    """Tokenised, packed data of one source: a training and a held-out token file, and the tokenizer.
+
+    Raises DataError if the folder is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder / 'meta.json'}: damaged ({error}); delete {folder} to prepare the data again") from error
         self.vocab_size: int = self.meta["vocab_size"]
         self.eos_id: int = self.meta["eos_id"]
         self.content_hash: str = folder.name
@@ -37,16 +43,19 @@ class PreparedData:
         self.evaluation = self._open("evaluation")
 
     def _open(self, split: str) -> TokenFile:
-        path = self.folder / f"{split}.tokens"
-        count, dtype = self.meta[split]["tokens"], np.dtype(self.meta["dtype"])
-        found = path.stat().st_size if path.exists() else -1
+        path, meta = self.folder / f"{split}.tokens", self.meta[split]
+        offsets = self._map(path.with_suffix(".documents"), np.dtype("<i8"), meta["documents"] + 1)
+        return TokenFile(path, self._map(path, np.dtype(self.meta["dtype"]), meta["tokens"]), offsets)
+
+    def _map(self, path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+        found = path.stat().st_size if path.exists() else 0
         if found != count * dtype.itemsize:
-            raise DataError(f"{path} has {found} bytes instead of {count * dtype.itemsize}: delete {self.folder} to prepare the data again")
-        tokens = np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
-        return TokenFile(path, tokens, np.load(self.folder / f"{split}.documents.npy"))
+            raise DataError(f"{path} has {found} bytes instead of {count * dtype.itemsize}; delete {self.folder} to prepare the data again")
+        return np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Loaded on first use, so that training does not need the tokenizer's library."""
         return load_tokenizer(self.folder)
 
     def save_tokenizer(self, folder: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moetrain.config import Component, setting
 from moetrain.data.cache import cache_dir
@@ -58,7 +59,9 @@ def read_text(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: byte {error.start} is not UTF-8 ({error.reason}); convert the file or leave it out") from error
+        raise DataError(
+            f"{file}: the byte at offset {error.start} is not UTF-8 ({error.reason}); convert the file or leave it out"
+        ) from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -94,8 +97,8 @@ class TextConfig(DataConfig):
 
     def documents(self, file: Path) -> Iterator[str]:
         text = read_text(file)
-        separator = {"file": None, "paragraph": "\n\n", "line": "\n"}[self.split]
-        yield from (text.split(separator) if separator else [text])
+        separator = {"file": None, "paragraph": r"\r?\n[ \t]*\r?\n", "line": r"\r?\n"}[self.split]
+        yield from (re.split(separator, text) if separator else [text])
 
 
 @dataclass(kw_only=True)
@@ -106,8 +109,8 @@ class TableConfig(DataConfig):
     column: str = setting("text", doc="column that holds the text")
     streaming: bool = setting(False, doc="read rows one by one, without datasets' own copy in the cache")
 
-    BUILDER = ""
-    SUFFIXES: tuple[str, ...] = ()
+    BUILDER: ClassVar[str]
+    SUFFIXES: ClassVar[tuple[str, ...]]
 
     def files(self) -> list[Path]:
         return find_files(self.path, suffixes=self.SUFFIXES)
@@ -118,7 +121,11 @@ class TableConfig(DataConfig):
         datasets.disable_progress_bars()
         try:
             table = datasets.load_dataset(
-                self.BUILDER, data_files=str(file), split="train", streaming=self.streaming, cache_dir=str(cache_dir() / "datasets")
+                self.BUILDER,
+                data_files=glob.escape(str(file)),
+                split="train",
+                streaming=self.streaming,
+                cache_dir=str(cache_dir() / "datasets"),
             )
             columns = table.column_names or list(next(iter(table), {}))
             if self.column not in columns:
@@ -127,9 +134,11 @@ class TableConfig(DataConfig):
                 if not isinstance(row[self.column], str):
                     raise DataError(f"{file}: row {number}, column {self.column!r} holds {type(row[self.column]).__name__}, not text")
                 yield row[self.column]
-        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError, StopIteration) as error:
+        except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
             cause = error.__cause__ or error
-            raise DataError(f"{file}: cannot be read as {self.BUILDER} ({cause})") from error
+            if isinstance(cause, OSError):  # the cache's disk, not the data
+                raise cause from error
+            raise DataError(f"{file}: cannot be read as {self.BUILDER} ({str(cause) or 'it has no rows'})") from error
 
 
 @register("data", "json")
@@ -139,6 +148,10 @@ class JsonConfig(TableConfig):
 
     BUILDER = "json"
     SUFFIXES = (".json", ".jsonl")
+
+    def documents(self, file: Path) -> Iterator[str]:
+        read_text(file)  # the library's message would not give the byte's place in the file
+        yield from super().documents(file)
 
 
 @register("data", "parquet")

@@ -59,8 +59,11 @@ class JsonTokenizer:
         found = [i for i in ids if i is not None]
         if not found:
             raise DataError(f"data.tokenizer: {source} has none of the end tokens {', '.join(self.END_TOKENS)}")
+        self._tokenizer.no_truncation()  # a downloaded tokenizer may cut or pad to its model's length
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # the text "<|endoftext|>" in a document does not end it
         self.eos_id: int = found[0]
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
         self.definition = definition
 
     def encode(self, text: str) -> list[int]:
@@ -96,8 +99,8 @@ def from_definition(definition: str, *, source: str) -> Tokenizer:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Tokenizer of a run folder or of a tokenizer.json."""
-    file = Path(path)
+    """Tokenizer of a run folder or of a tokenizer.json. Raises DataError if there is none."""
+    file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.exists():
         raise DataError(f"no tokenizer at {file}")

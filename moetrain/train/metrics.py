@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,7 +142,7 @@ class WandbSink:
 
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=settings.wandb_project,
             name=run_dir.name,
@@ -150,7 +151,7 @@ class WandbSink:
             mode=settings.wandb,
             dir=str(run_dir),
             config=dict(config),
-            settings=wandb.Settings(init_timeout=60, console="off"),
+            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
         )
         # after falling back to an older checkpoint steps repeat, which wandb's own counter refuses
         self.run.define_metric("*", step_metric="step")
@@ -159,7 +160,7 @@ class WandbSink:
         self.run.log(dict(values))
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class TensorBoardSink:

@@ -138,20 +138,21 @@ class Trainer:
             self.recorder = Recorder(file, open_sinks(self.config.logging, self.run_dir, dump(self.config)))
 
     def train_step(self, stop: Stop) -> int | None:
-        """One optimizer step with its metrics, evaluation and checkpoint. Returns the signal if all agree to stop
-        instead (nothing is done then)."""
+        """One optimizer step with its metrics, evaluation and checkpoint. If a signal has reached any rank, all return
+        its number instead and nothing is done."""
         config, progress, phases = self.config, self.progress, Phases()
         started = time.perf_counter()
         faults.point("step.begin", step=progress.step + 1)
         with phases("data"):
             batches = self.plan.training_batches(progress.position)
         with phases("agree"):
-            pending = int(self.checkpointer.pending_done())
-            totals, (signals, done) = count_units(batches, self.placed, flags=(stop() or 0, pending))
+            requested = stop()
+            flags = [int(self.checkpointer.pending_done()), *(int(number == requested) for number in range(1, 32))]
+            totals, (done, *votes) = count_units(batches, self.placed, flags=flags)
         if done == self.ranks.world_size:
             self.checkpointer.commit()
-        if signals:
-            return signals
+        if any(votes):
+            return next(number for number, count in enumerate(votes, start=1) if count)
         for layer in self.placed.model.moe_layers().values():
             layer.router.begin_step(progress.step, config.train.steps)
         self.optimizer.zero_grad(set_to_none=True)

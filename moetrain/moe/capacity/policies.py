@@ -1,7 +1,8 @@
-"""Capacity policies: dropless, and slots per expert and token group.
+"""Capacity policies: dropless, slots per expert and token group, a budget per device.
 
 Slots: GShard (2006.16668), Switch (2101.03961), GLaM (2112.06905), batch-prioritised routing (V-MoE
-2106.05974); the order of dropping follows fairseq's and Megatron-Core's routers.
+2106.05974); the order of dropping follows fairseq's and Megatron-Core's routers. Device budget: DeepSeek-V2
+(2405.04434 section 2.2.4).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,13 +113,7 @@ class Slots(Capacity):
         slots = self.capacity(group_size, choices, experts, training=training)
         # one queue per (group, expert), entries in order of priority within it
         queue = torch.where(real, (routing.token // group_size) * experts + routing.expert, -1)
-        order = self.priority(routing)
-        order = order[queue[order].argsort(stable=True)]
-        ranked = queue[order]
-        start = torch.searchsorted(ranked, ranked)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.numel(), device=order.device) - start
-        return (real & (place < slots)) | (routing.expert >= experts)
+        return (real & (place_in_queue(queue, self.priority(routing)) < slots)) | (routing.expert >= experts)
 
     def priority(self, routing: Routing) -> Tensor:
         """Permutation [N] of the entries, those served first in front. Ties keep the token order."""
@@ -130,3 +125,65 @@ class Slots(Capacity):
             best = routing.probs.max(dim=1).values
             order = order[best[routing.token[order]].argsort(descending=True, stable=True)]
         return order[routing.slot[order].argsort(stable=True)]
+
+
+@register("capacity", "device_budget", source="DeepSeek-V2 2405.04434 section 2.2.4")
+@dataclass(kw_only=True)
+class DeviceBudgetConfig(Component):
+    """In training each logical device computes at most its average share of the rank's choices, best weights first.
+
+    The token group is the rank's micro-batch: what is dropped depends on the layout. Nothing is dropped in evaluation.
+    """
+
+    num_devices: int = setting(doc="logical devices, equal runs of neighbouring experts; fixed when the physical layout changes", ge=1)
+    factor: float = setting(1.0, doc="budget of a device = factor * choices / num_devices, rounded down", gt=0)
+    exempt_fraction: float = setting(0.0, doc="share of sequences never dropped; they use up budget first (DeepSeek-V2 0.1)", ge=0, le=1)
+
+    def check(self, path: str, *, num_experts: int, router: Any) -> Iterable[Problem]:
+        if num_experts % self.num_devices:
+            yield Problem(f"{path}.num_devices", self.num_devices, f"must divide the {num_experts} experts")
+
+    def build(self) -> DeviceBudget:
+        return DeviceBudget(self)
+
+
+class DeviceBudget(Capacity):
+    """See :class:`DeviceBudgetConfig`. The paper does not say how exempt sequences count; here they use up budget."""
+
+    def __init__(self, config: DeviceBudgetConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, routing: Routing, ctx: RouterContext) -> Routing:
+        if not ctx.training:
+            return routing
+        return routing.keep(ctx.once("capacity", lambda: self.kept(routing, self.exempt(ctx, routing.token.device))))
+
+    def exempt(self, ctx: RouterContext, device: torch.device) -> Tensor | None:
+        """[T] bool, tokens of the exempt sequences; None if there are none."""
+        if not self.config.exempt_fraction:
+            return None
+        per_token = ctx.uniform("exempt", 1, device=device).view(ctx.batch_size, ctx.seq_len)
+        return (per_token[:, :1] < self.config.exempt_fraction).expand_as(per_token).reshape(-1)
+
+    def kept(self, routing: Routing, exempt: Tensor | None = None) -> Tensor:
+        """[N] bool: entries within their device's budget, and those of the ``exempt`` [T] tokens."""
+        experts, devices = routing.num_experts, self.config.num_devices
+        real = (routing.expert != PAD) & (routing.expert < experts)
+        spared = torch.zeros_like(real) if exempt is None else exempt[routing.token]
+        budget = (real.sum().double() * self.config.factor / devices).floor()
+        order = routing.weight.argsort(descending=True, stable=True)
+        order = order[spared[order].logical_not().to(torch.uint8).argsort(stable=True)]
+        place = place_in_queue(torch.where(real, routing.expert // (experts // devices), -1), order)
+        return (real & (spared | (place < budget))) | (routing.expert >= experts)
+
+
+def place_in_queue(queue: Tensor, order: Tensor) -> Tensor:
+    """[N] int64: how many entries of the same queue come before each entry. queue: [N] int64 queue of an entry;
+    order: permutation [N] of the entries, those served first in front."""
+    order = order[queue[order].argsort(stable=True)]
+    ranked = queue[order]
+    start = torch.searchsorted(ranked, ranked)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device) - start
+    return place
