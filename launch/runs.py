@@ -38,7 +38,11 @@ def resolve_run_dir(config: Config) -> Path:
 
     With checkpoint.resume=never a derived name gets a number if it is taken, and an explicit run.dir must not hold a run.
     """
-    folder = Path(config.run.dir) if config.run.dir else Path(config.run.root) / (config.run.name or f"{config.model.kind}-{config_hash(config)}")
+    folder = (
+        Path(config.run.dir)
+        if config.run.dir
+        else Path(config.run.root) / (config.run.name or f"{config.model.kind}-{config_hash(config)}")
+    )
     folder = folder.expanduser()
     if config.checkpoint.resume != "never" or not (folder / "config.yaml").exists():
         return folder
@@ -77,7 +81,9 @@ def check_compatible(config: Config, run_dir: Path) -> list[tuple[str, Any, Any]
     changes = list(differences(yaml.safe_load(file.read_text(encoding="utf-8")), dump(config)))
     refused = [change for change in changes if not any(change[0] == name or change[0].startswith(name + ".") for name in MAY_CHANGE)]
     if refused:
-        raise ConfigError([Problem(name, new, f"the run in {run_dir} has {old!r}, which cannot change; start another run") for name, old, new in refused])
+        raise ConfigError(
+            [Problem(name, new, f"the run in {run_dir} has {old!r}, which cannot change; start another run") for name, old, new in refused]
+        )
     return changes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,9 @@ Exit codes: 0 done, 2 bad configuration, data or checkpoint, 3 storage, 4 traini
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    # before torch is imported: OpenMP threads that wait by spinning slow each other down several times over as soon
+    # as the machine has anything else to do
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
     if command == "--version":
@@ -113,8 +117,10 @@ def prepare(arguments: list[str]) -> int:
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
             task = bar.add_task("reading", total=None)
             data = run(config.data, progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total))
-        print(f"{data.folder}\ntrain: {data.meta['train']['tokens']:,} tokens in {data.meta['train']['documents']:,} documents; "
-              f"held out: {data.meta['evaluation']['tokens']:,} in {data.meta['evaluation']['documents']:,}; vocabulary {data.vocab_size}")  # fmt: skip
+        print(data.folder)
+        for title, split in (("train", data.meta["train"]), ("held out", data.meta["evaluation"])):
+            print(f"{title}: {split['tokens']:,} tokens in {split['documents']:,} documents")
+        print(f"vocabulary: {data.vocab_size}")
 
     run_application(arguments, job)
     return 0

@@ -56,7 +56,8 @@ def generate(
 ) -> list[int]:
     """New token ids after ``prompt`` [S] int64, one forward pass for the prompt and one for each new token."""
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
-    cache, tokens, new = KeyValueCache(), prompt[None], []
+    cache, tokens = KeyValueCache(), prompt[None]
+    new: list[int] = []
     while len(new) < max_new_tokens:
         ctx = ForwardContext(batch_size=1, seq_len=tokens.shape[1], token_id=tokens[0])
         logits = model(tokens, ctx, cache=cache)[0, -1]

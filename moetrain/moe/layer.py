@@ -55,6 +55,7 @@ class MoELayer(nn.Module):
             ctx.forward.statistics[ctx.name] = statistics(executed, ctx)
         if ctx.training:
             for name, loss in self.losses.items():
+                assert isinstance(loss, Loss)
                 ctx.forward.add_loss(name, loss.coefficient * ctx.share(loss.scope) * loss(routing, ctx))
 
 

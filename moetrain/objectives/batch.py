@@ -33,5 +33,7 @@ class Batch:
         return None if bool(mask.all()) else mask
 
     def to(self, device: torch.device) -> Batch:
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.tokens), move(self.targets), move(self.sample), move(self.document))
+        """The same batch on another device."""
+        document = None if self.document is None else self.document.to(device, non_blocking=True)
+        tokens, targets, sample = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.sample))
+        return Batch(tokens, targets, sample, document)

@@ -7,6 +7,8 @@ The backward is written out because autograd's own would return the weight gradi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,12 +26,13 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        x = x.contiguous()  # grouped_mm refuses rows whose stride is not a whole number of 16-byte units
         ctx.save_for_backward(x, weight, counts)
         return _rows_times(x, weight.transpose(1, 2), counts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         x, weight, counts = ctx.saved_tensors
         grad = grad.contiguous()  # an expanded gradient has strides that grouped_mm refuses
         grad_x = _rows_times(grad, weight, counts) if ctx.needs_input_grad[0] else None

@@ -6,6 +6,8 @@ token, which ``embedding_bag`` does several times faster on CPU than ``index_add
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,25 +41,25 @@ def _sum_rows(y: Tensor, token: Tensor, num_tokens: int, place_TK: Tensor | None
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, token: Tensor, place_TK: Tensor | None) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, token: Tensor, place_TK: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(token, place_TK)
         ctx.num_tokens = x.shape[0]
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         token, place_TK = ctx.saved_tensors
         return _sum_rows(grad.contiguous(), token, ctx.num_tokens, place_TK), None, None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, weight: Tensor, token: Tensor, num_tokens: int, place_TK: Tensor | None) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx: Any, y: Tensor, weight: Tensor, token: Tensor, num_tokens: int, place_TK: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(y, weight, token)
         return _sum_rows(y, token, num_tokens, place_TK, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         y, weight, token = ctx.saved_tensors
         rows = grad.index_select(0, token)
         grad_weight = torch.linalg.vecdot(rows, y)

@@ -7,6 +7,7 @@ collective that one rank leaves out deadlocks the others or pairs up with a wron
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,12 @@ def all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: dist.
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
         ctx.splits, ctx.group = (send, receive), group
         return _exchange(x, send, receive, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         send, receive = ctx.splits
         return _exchange(grad, receive, send, ctx.group), None, None, None
 
@@ -59,14 +60,14 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _SumOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
         ctx.group = group
         x = x.clone()
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

@@ -95,9 +95,7 @@ def train_steps(rank: int, world_size: int, scenario: Scenario, layout: str, rep
         batches = local_batches(scenario, step, ranks)
         totals, _ = count_units(batches, placed)
         optimizer.zero_grad(set_to_none=True)
-        result = accumulate_gradients(
-            placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases()
-        )
+        result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
         if step == scenario.steps - 1:
             outcome.gradients = full({n: t for name, p in placed.parameters() for n, t in placed.logical(name, p.grad)})  # type: ignore[arg-type]
         norm = placed.clip_gradients(scenario.clip_norm)

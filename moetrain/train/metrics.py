@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from moetrain.errors import StorageError
 from moetrain.train.settings import LoggingSection
@@ -148,7 +148,7 @@ class WandbSink:
             name=run_dir.name,
             id=id_file.read_text(),
             resume="allow",
-            mode=settings.wandb,
+            mode=cast(Literal["offline", "online"], settings.wandb),
             dir=str(run_dir),
             config=dict(config),
             settings=wandb.Settings(init_timeout=60, console="off", silent=True),

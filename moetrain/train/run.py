@@ -27,7 +27,7 @@ from moetrain.train.flops import FlopCounter, count_parameters, peak_flops
 from moetrain.train.metrics import MetricsFile, Phases, Recorder, open_sinks
 from moetrain.train.optim import set_learning_rate
 from moetrain.train.settings import Config
-from moetrain.train.state import Progress, all_tensors, model_tensors, set_update_count
+from moetrain.train.state import Progress, all_tensors, set_update_count
 from moetrain.train.step import Objective, StepResult, accumulate_gradients, count_units, evaluate_loss
 
 log = logging.getLogger(__name__)
@@ -89,16 +89,12 @@ class Trainer:
         micro = config.micro_batch_size(ranks.world_size)
 
         def plan(tokens: Any) -> BatchPlan:
-            sequences = PackedSequences(
-                tokens, seq_len=config.data.seq_len, eos_id=data.eos_id, mask_documents=config.data.mask_documents
-            )
+            sequences = PackedSequences(tokens, seq_len=config.data.seq_len, eos_id=data.eos_id, mask_documents=config.data.mask_documents)
             return BatchPlan(sequences, config.train.seed, config.train.global_batch_size, micro, ranks)
 
         model = build_model(config, data.vocab_size)
         flops, size = FlopCounter(model), count_parameters(model)
-        placed = parallelize(
-            model, config.parallel.resolve(ranks.world_size), ranks, device=device, recompute=config.train.recompute
-        )
+        placed = parallelize(model, config.parallel.resolve(ranks.world_size), ranks, device=device, recompute=config.train.recompute)
         placed.initialise(config.train.seed)
         placed.model.train()
         display = Display.open(config.logging.display if ranks.is_main else "none", total=config.train.steps)

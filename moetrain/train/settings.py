@@ -54,7 +54,9 @@ class MetricsSection:
 
     every_steps: int = setting(1, doc="steps between lines of metrics.jsonl", ge=1)
     eval_every_steps: int | None = setting(None, doc="steps between held-out evaluations; default: only after the last step", ge=1)
-    eval_batches: int = setting(8, doc="held-out batches of train.global_batch_size sequences per evaluation; fewer if the data has fewer", ge=1)
+    eval_batches: int = setting(
+        8, doc="held-out batches of train.global_batch_size sequences per evaluation; fewer if the data has fewer", ge=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -118,7 +120,11 @@ class Config:
         if batch % world_size:
             yield Problem("train.global_batch_size", batch, f"must be divisible by the {world_size} data-parallel ranks")
         elif micro is not None and (batch // world_size) % micro:
-            yield Problem("train.micro_batch_size", micro, f"must divide the {batch // world_size} sequences that each of {world_size} ranks has per step")
+            yield Problem(
+                "train.micro_batch_size",
+                micro,
+                f"must divide the {batch // world_size} sequences that each of {world_size} ranks has per step",
+            )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Sequences per rank and forward pass."""

@@ -33,7 +33,9 @@ class Progress:
 def model_tensors(placed: ParallelModel) -> dict[str, Tensor]:
     """Logical key -> this rank's part of parameters and persistent buffers. Writing into them writes into the model."""
     tensors = {
-        f"model.{logical}": tensor.detach() for name, parameter in placed.parameters() for logical, tensor in placed.logical(name, parameter)
+        f"model.{logical}": tensor.detach()
+        for name, parameter in placed.parameters()
+        for logical, tensor in placed.logical(name, parameter)
     }
     tensors.update({f"model.{name}": buffer for name, buffer in placed.model.named_buffers()})
     return tensors

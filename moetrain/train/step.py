@@ -6,7 +6,7 @@ gradients are averaged over W, so the result is the gradient of the mean over al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,11 +143,11 @@ def reduce_statistics(
 
 
 @torch.no_grad()
-def evaluate_loss(placed: ParallelModel, objective: Objective, batches: Sequence[Batch] | object) -> tuple[float, int]:
+def evaluate_loss(placed: ParallelModel, objective: Objective, batches: Iterable[Batch]) -> tuple[float, int]:
     """Mean loss in nats per valid token over held-out batches, and the number of tokens. Collective."""
     placed.model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=placed.device)
-    for batch in batches:  # type: ignore[attr-defined]
+    for batch in batches:
         batch = batch.to(placed.device)
         ctx = make_context(batch, placed, training=False, seed=0, step=0, total_steps=1)
         sums[0] += objective(placed.model, batch, ctx).main

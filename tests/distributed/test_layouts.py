@@ -58,7 +58,11 @@ PAIRS = [(name, LAYOUTS[(i + j) % 5]) for i, name in enumerate(SCENARIOS) for j 
 
 def compare(actual, expected):
     for field in ("losses", "totals", "norms"):
-        assert_close(torch.tensor(getattr(actual, field), dtype=torch.float64), torch.tensor(getattr(expected, field), dtype=torch.float64), kind="layout")
+        assert_close(
+            torch.tensor(getattr(actual, field), dtype=torch.float64),
+            torch.tensor(getattr(expected, field), dtype=torch.float64),
+            kind="layout",
+        )
     assert actual.selected == expected.selected
     for field in ("gradients", "parameters"):
         ours, reference = getattr(actual, field), getattr(expected, field)

@@ -18,7 +18,9 @@ LATER = ("mtp.", "params.", "grads.")
 """Multi-token prediction comes with a later version; these tensors belong to it."""
 
 V2 = dict(top_k=K, num_groups=DEVICES, groups_per_token=M, scale=C["v2_scale"])
-V3 = dict(top_k=K, score="sigmoid", renormalise=True, scale=C["v3_scale"], num_groups=DEVICES, groups_per_token=M, group_score_experts=K // M)
+V3 = dict(
+    top_k=K, score="sigmoid", renormalise=True, scale=C["v3_scale"], num_groups=DEVICES, groups_per_token=M, group_score_experts=K // M
+)
 
 
 def ctx():

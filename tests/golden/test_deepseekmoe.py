@@ -28,7 +28,9 @@ def model():
     )  # fmt: skip
     scope = "sequence" if C["seq_aux"] else "rank"
     parts = MoEParts(
-        router=TopKRouterConfig(top_k=C["num_experts_per_tok"], score=C["scoring_func"], renormalise=C["norm_topk_prob"], renormalise_epsilon=1e-20),
+        router=TopKRouterConfig(
+            top_k=C["num_experts_per_tok"], score=C["scoring_func"], renormalise=C["norm_topk_prob"], renormalise_epsilon=1e-20
+        ),
         experts=FFNExpertsConfig(num_experts=E, width=F),
         capacity=DroplessConfig(),
         loss={"balance": ExpertBalanceConfig(coefficient=C["aux_loss_alpha"], scope=scope)},
@@ -44,7 +46,11 @@ def stored(prefix):
 
 def ours(params):
     """Tensors of a released checkpoint under our names."""
-    named = {"embed": params["model.embed_tokens.weight"], "norm.weight": params["model.norm.weight"], "head.weight": params["lm_head.weight"]}
+    named = {
+        "embed": params["model.embed_tokens.weight"],
+        "norm.weight": params["model.norm.weight"],
+        "head.weight": params["lm_head.weight"],
+    }
     for layer in range(C["num_hidden_layers"]):
         old, new = f"model.layers.{layer}.", f"layers.{layer}."
         named[new + "attn_norm.weight"] = params[old + "input_layernorm.weight"]

@@ -124,7 +124,9 @@ def test_bias_update():
     assert_close(made.selection_bias, DATA["bias_update.new_bias"], kind="golden")
 
 
-@pytest.mark.parametrize("case", next(c["cases"] for c in META["cases"] if c["name"] == "gshard"), ids=lambda c: f"{SLUG}-gshard-{c['index']}")
+@pytest.mark.parametrize(
+    "case", next(c["cases"] for c in META["cases"] if c["name"] == "gshard"), ids=lambda c: f"{SLUG}-gshard-{c['index']}"
+)
 def test_gshard(case):
     assert case["second_expert_policy"] == "all"
     key, logits = f"gshard.{case['index']}", DATA["logits"].float()

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import TINY, losses, moetrain, write_text  # noqa: E402
+from runs import TINY, losses, moetrain, write_text
 
 
 @pytest.fixture(scope="session")

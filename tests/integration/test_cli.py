@@ -46,9 +46,7 @@ def test_bad_input_is_one_message_and_exit_code_2(overrides, expected, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"), [(b"", "no text"), (b"  \n ", "no text"), (b"fine\xffbroken", "byte 4 is not UTF-8")]
-)
+@pytest.mark.parametrize(("content", "expected"), [(b"", "no text"), (b"  \n ", "no text"), (b"fine\xffbroken", "byte 4 is not UTF-8")])
 def test_bad_data_is_refused_before_training(content, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOETRAIN_CACHE", str(tmp_path / "cache"))
@@ -113,7 +111,17 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_run(workspace):
 
 
 def test_torchrun(workspace, reference):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moetrain.launch.train", *TINY, "run.dir=torchrun"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "moetrain.launch.train",
+        *TINY,
+        "run.dir=torchrun",
+    ]
     done = subprocess.run(command, cwd=workspace, env=environment(workspace), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for (step, loss, norm), (step_, loss_, norm_) in zip(losses(workspace / "torchrun"), reference, strict=True):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from runs import TINY, environment, lines, losses, moetrain
@@ -66,7 +67,7 @@ def test_kill_the_launcher_leaves_no_orphans_and_the_run_continues(workspace):
     run = workspace / "launcher-killed"
     killed = start(*EP, "train.steps=400", "run.dir=launcher-killed", folder=workspace)
     wait_for_step(run, 5)
-    children = [int(pid) for pid in open(f"/proc/{killed.pid}/task/{killed.pid}/children").read().split()]
+    children = [int(pid) for pid in Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()]
     assert children
     killed.kill()
     killed.wait()
@@ -100,8 +101,18 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(workspace, number, code
 
 def test_four_ranks_then_two_then_one(workspace, reference):
     common = ["run.dir=reshard"]
-    assert moetrain("train", *TINY, *common, "parallel=ep", "launch.nproc_per_node=4", "train.steps=3", "schedule=constant", folder=workspace).returncode == 0
-    assert moetrain("train", *TINY, *common, "parallel=fsdp", "launch.nproc_per_node=2", "train.steps=6", "schedule=constant", folder=workspace).returncode == 0
+    assert (
+        moetrain(
+            "train", *TINY, *common, "parallel=ep", "launch.nproc_per_node=4", "train.steps=3", "schedule=constant", folder=workspace
+        ).returncode
+        == 0
+    )
+    assert (
+        moetrain(
+            "train", *TINY, *common, "parallel=fsdp", "launch.nproc_per_node=2", "train.steps=6", "schedule=constant", folder=workspace
+        ).returncode
+        == 0
+    )
     assert moetrain("train", *TINY, *common, "parallel=single", "train.steps=8", "schedule=constant", folder=workspace).returncode == 0
     assert moetrain("train", *TINY, "run.dir=whole", "schedule=constant", folder=workspace).returncode == 0
     close(losses(workspace / "reshard"), losses(workspace / "whole"))
@@ -151,7 +162,10 @@ def test_never_starts_afresh_in_a_folder_of_its_own(workspace):
 def test_a_full_disk_leaves_the_last_checkpoint(workspace, tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(mount)], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(mount)], capture_output=True).returncode
+    ):
         pytest.skip("needs the right to mount a small file system")
     try:
         full = moetrain("train", *TINY, f"run.dir={mount / 'run'}", "checkpoint.keep=50", "train.steps=60", folder=workspace)

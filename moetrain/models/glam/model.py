@@ -30,9 +30,7 @@ def build(config: GLaMConfig, moe: MoEParts, *, vocab_size: int, dtype: torch.dt
     def block(layer: int) -> Block:
         bias = RelativeBias(heads, num_buckets=config.num_buckets, max_distance=config.max_distance, dtype=parameter_dtype)
         # scores are not divided by sqrt(head_dim): praxis absorbs the factor into the initial queries
-        attn = SoftmaxAttention(
-            hidden, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, scale=1.0, bias=bias, dtype=parameter_dtype
-        )
+        attn = SoftmaxAttention(hidden, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, scale=1.0, bias=bias, dtype=parameter_dtype)
         return Block(name=f"layers.{layer}", attn_norm=norm(), attn=attn, ffn_norm=norm(), ffn=channel(layer))
 
     return Decoder(

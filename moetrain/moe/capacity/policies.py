@@ -53,7 +53,9 @@ class SlotsConfig(Component):
     tokens: int | None = setting(None, doc="fixed C in tokens, instead of the formula", ge=1)
     round: Literal["up", "down"] = setting("up", doc="rounding of C to an integer")
     multiple: int = setting(1, doc="C is rounded up to a multiple of this; GLaM 4", ge=1)
-    scope: Literal["sequence", "rank"] = setting("sequence", doc="token group: each sequence, or the rank's micro-batch (depends on the layout)")
+    scope: Literal["sequence", "rank"] = setting(
+        "sequence", doc="token group: each sequence, or the rank's micro-batch (depends on the layout)"
+    )
     num_groups: int = setting(1, doc="with scope=rank: equal groups that the rank's tokens are cut into", ge=1)
     priority: Literal["position", "probability", "first_probability"] = setting(
         "position",

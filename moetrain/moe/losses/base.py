@@ -33,7 +33,9 @@ class GroupSums:
     summed over the data-parallel world.
     """
 
-    def __init__(self, routing: Routing, ctx: RouterContext, scope: Scope, *, expert: Tensor | None = None, token: Tensor | None = None) -> None:
+    def __init__(
+        self, routing: Routing, ctx: RouterContext, scope: Scope, *, expert: Tensor | None = None, token: Tensor | None = None
+    ) -> None:
         assert routing.probs is not None, "this loss needs the router's probabilities"
         probs = routing.probs if ctx.valid is None else routing.probs * ctx.valid[:, None]
         expert = routing.expert if expert is None else expert

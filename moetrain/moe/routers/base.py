@@ -36,7 +36,9 @@ class Router(nn.Module):
 class LinearRouter(Router):
     """A router whose logits are ``x W^T (+ b)``, W [E', D]."""
 
-    def __init__(self, hidden_size: int, num_experts: int, *, num_columns: int | None = None, bias: bool = False, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, num_columns: int | None = None, bias: bool = False, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.num_columns = num_columns or num_experts

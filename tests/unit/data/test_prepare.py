@@ -62,12 +62,16 @@ def test_one_document_holds_out_its_tail(tmp_path: Path) -> None:
     assert data.evaluation.document_offsets.tolist() == [0, 20]
 
 
-def test_tail_may_hold_several_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fraction", "train", "held_out"),
+    [(0.35, [0, 4, 8, 12, 16, 20, 24, 26], [0, 2, 6, 10, 14]), (0.4, [0, 4, 8, 12, 16, 20, 24], [0, 4, 8, 12, 16])],
+)
+def test_tail_may_hold_several_documents(tmp_path: Path, fraction: float, train: list[int], held_out: list[int]) -> None:
     (tmp_path / "same.txt").write_text("abc\n" * 10)  # equal documents have equal hashes: none can be told apart
-    data = prepare(TextConfig(path=str(tmp_path / "same.txt"), split="line", tokenizer="bytes", eval_fraction=0.35))
-    assert data.train.document_offsets.tolist() == [0, 4, 8, 12, 16, 20, 24, 26]
-    assert data.evaluation.document_offsets.tolist() == [0, 2, 6, 10, 14]
-    assert data.train.tokens.size + data.evaluation.tokens.size == 40
+    data = prepare(TextConfig(path=str(tmp_path / "same.txt"), split="line", tokenizer="bytes", eval_fraction=fraction))
+    assert data.train.document_offsets.tolist() == train
+    assert data.evaluation.document_offsets.tolist() == held_out
+    assert (data.train.tokens.size, data.evaluation.tokens.size) == (train[-1], held_out[-1])
 
 
 def test_data_too_short_to_split(tmp_path: Path) -> None:
