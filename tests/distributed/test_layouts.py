@@ -1,5 +1,7 @@
 """Every layout computes what one process computes: losses, gradients, norm and updated weights, in float64."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ import moetrain.moe.losses  # noqa: F401
 from moetrain.models.deepseek_moe import DeepSeekMoEConfig
 from moetrain.models.glam import GLaMConfig
 from moetrain.moe.layer import MoEParts
+from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routing import ragged_routing
 from moetrain.registry import lookup
 from moetrain.testing.distributed import run_distributed
 from moetrain.testing.layouts import Scenario, merge, train_steps
@@ -39,6 +43,29 @@ def glam(**scenario):
     return Scenario(model=model, parts=parts, **scenario)
 
 
+@dataclass(kw_only=True)
+class RaggedConfig:
+    """Every expert whose probability is above average: a different number for each token, also none."""
+
+    def build(self, hidden_size, num_experts, *, dtype):
+        return RaggedRouter(hidden_size, num_experts, dtype=dtype)
+
+
+class RaggedRouter(LinearRouter):
+    def forward(self, x, ctx):
+        logits = self.logits(x)
+        probs = torch.softmax(logits, dim=1)
+        chance = ctx.uniform("ragged", self.num_experts, dtype=probs.dtype)
+        selected = ctx.once("select", lambda: (probs > 1.0 / self.num_experts) & (chance < 0.7))
+        return ragged_routing(selected, probs, num_experts=self.num_experts, logits=logits, probs=probs, valid=ctx.valid)
+
+
+def ragged(**scenario):
+    made = deepseek(**scenario)
+    made.parts.router = RaggedConfig()
+    return made
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -51,6 +78,8 @@ SCENARIOS = {
     "recompute": deepseek(recompute=True, pad=True),
     "accumulate": deepseek(micro_batch_size=1),
     "glam_capacity": glam(pad=True),
+    "ragged": ragged(pad=True),
+    "ragged_recompute": ragged(recompute=True),
 }
 LAYOUTS = [("ep", 2, 1), ("ep", 4, 1), ("fsdp", 2, 1), ("ep", 4, 2), ("fsdp", 4, 2), ("ep", 3, 1)]
 PAIRS = [(name, LAYOUTS[(i + j) % 5]) for i, name in enumerate(SCENARIOS) for j in range(2)] + [("deepseek", LAYOUTS[4])]
@@ -83,15 +112,11 @@ def test_a_layout_changes_nothing(name, layout):
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("name", ["padded", "glam_capacity", "aux_free"])
 def test_micro_batches_change_nothing(name, micro):
-    from dataclasses import replace
-
     compare(train_steps(0, 1, replace(SCENARIOS[name], micro_batch_size=micro), "single"), train_steps(0, 1, SCENARIOS[name], "single"))
 
 
 @pytest.mark.parametrize("name", ["padded", "glam_capacity", "global_balance"])
 def test_recomputation_is_bit_equal(name):
-    from dataclasses import replace
-
     plain, recomputed = (train_steps(0, 1, replace(SCENARIOS[name], recompute=r), "single") for r in (False, True))
     assert (plain.losses, plain.norms, plain.selected) == (recomputed.losses, recomputed.norms, recomputed.selected)
     assert all(torch.equal(plain.gradients[key], recomputed.gradients[key]) for key in plain.gradients)
