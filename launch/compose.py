@@ -77,15 +77,14 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
 
     @hydra.main(version_base="1.3", config_path="pkg://moetrain.configs", config_name="config")
     def main(composed: Any) -> None:
-        # outside the except clause below, which is for composition alone
+        # kept for later: Hydra would print a line of its own, and the other jobs of a sweep go on
         try:
-            plain = OmegaConf.to_container(composed, resolve=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(_message(error)) from error
-        try:
+            try:
+                plain = OmegaConf.to_container(composed, resolve=True)
+            except OmegaConfBaseException as error:
+                raise ConfigError(_message(error)) from error
             job({"loss": {}, **plain})  # type: ignore[dict-item]
         except MoetrainError as error:
-            # Hydra would print a line of its own; and the other jobs of a sweep go on
             failures.append((OmegaConf.to_container(HydraConfig.get().overrides.task), error))
 
     failures: list[tuple[Any, MoetrainError]] = []

@@ -71,14 +71,20 @@ def check_resume(config: Config, run_dir: Path) -> None:
 def check_compatible(config: Config, run_dir: Path) -> list[tuple[str, Any, Any]]:
     """Differences from the configuration that a run folder was made with: (dotted name, old, new), all of them allowed.
 
-    Raises ConfigError listing those that are not.
+    Raises ConfigError listing those that are not, CheckpointError if the folder's config.yaml cannot be read.
     """
     file = run_dir / "config.yaml"
     if not file.exists():
         return []
     import yaml
 
-    changes = list(differences(yaml.safe_load(file.read_text(encoding="utf-8")), dump(config)))
+    try:
+        made_with = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(made_with, dict):
+        raise CheckpointError(f"{file} is not the configuration of a run")
+    changes = list(differences(made_with, dump(config)))
     refused = [change for change in changes if not any(change[0] == name or change[0].startswith(name + ".") for name in MAY_CHANGE)]
     if refused:
         raise ConfigError(
@@ -131,9 +137,11 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    """The commit of moetrain's own checkout; None if it is installed, even inside another project's checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True, timeout=10)
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

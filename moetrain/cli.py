@@ -16,7 +16,7 @@ moetrain: trains sparse Mixture-of-Experts models
   moetrain prepare [overrides]      tokenise and pack the data ahead of time
   moetrain evaluate run=DIR         held-out loss and perplexity of a run
   moetrain generate run=DIR prompt="def "
-  moetrain list [GROUP]             what can be chosen: routers, losses, models, ...
+  moetrain list [GROUP [NAME]]      what can be chosen: routers, losses, models, ...; the settings of one
   moetrain --version
 
 On several ranks: moetrain train launch.nproc_per_node=4 parallel=ep
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `moetrain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def report(error: MoetrainError) -> None:
@@ -176,6 +179,8 @@ def list_components(arguments: list[str]) -> int:
 
     groups = [*registry.groups(), "experiment"]
     wanted = groups
+    if len(arguments) == 2:
+        return describe_component(*arguments)
     if arguments:
         singular = {**{g: g for g in groups}, **{f"{g}s": g for g in groups}, "losses": "loss", "capacities": "capacity"}
         if arguments[0] not in singular:
@@ -193,6 +198,25 @@ def list_components(arguments: list[str]) -> int:
                 table.add_row(name, preset_comment(group, name), "preset")
         console.print(table, highlight=False)
         console.print()
+    return 0
+
+
+def describe_component(group: str, name: str) -> int:
+    """moetrain list GROUP NAME: the settings of one component with their defaults, or a preset's file."""
+    from importlib import resources
+
+    import moetrain.components  # noqa: F401
+    from moetrain import registry
+    from moetrain.config import describe
+    from moetrain.launch.compose import shipped
+
+    if name in shipped(group) and name not in registry.components(group):
+        print((resources.files("moetrain.configs") / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        return 0
+    component = registry.lookup(group, name)
+    print(f"{group}={name}: {(component.__doc__ or '').strip()}\n")
+    for setting in describe(component):
+        print(f"  {setting.name} = {setting.default}\n      {setting.doc}")
     return 0
 
 
