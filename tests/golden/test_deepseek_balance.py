@@ -4,6 +4,7 @@ import pytest
 import torch
 from replay import context, route_logits, router
 
+from moetrain.moe.capacity.policies import DeviceBudgetConfig
 from moetrain.moe.context import LayerStatistics
 from moetrain.moe.losses.balance import CommunicationBalanceConfig, DeviceBalanceConfig, ExpertBalanceConfig
 from moetrain.testing.golden import golden
@@ -55,6 +56,16 @@ def test_v2_losses(number):
     assert_close(loss, DATA["v2.losses"][number], kind="golden")
     loss.backward()
     assert_close(logits.grad, DATA[f"v2.dlogits_{('expert', 'device', 'comm')[number]}"], kind="golden")
+
+
+@pytest.mark.parametrize("exempt_first", [False, True], ids=["all", "first-sequence-exempt"])
+def test_v2_device_budget(exempt_first):
+    routing = route_logits(DATA["logits"], ctx(), **V2)
+    tokens = DATA["logits"].shape[0]
+    exempt = torch.arange(tokens) < C["tokens_per_sequence"] if exempt_first else None
+    kept = DeviceBudgetConfig(num_devices=DEVICES).build().kept(routing, exempt)
+    expected = DATA["v2.dropped_first_sequence_exempt" if exempt_first else "v2.dropped"]
+    assert torch.equal(kept.view(tokens, K), expected == 0)
 
 
 def test_v3_routing():

@@ -1,6 +1,5 @@
 """Replays the vectors ``glam``: a whole model with gradients, and one MoE layer with drops."""
 
-import pytest
 import torch
 from replay import context, dense_map
 
@@ -22,13 +21,13 @@ C = META["config"]
 
 
 def parts():
-    # with one group of the whole batch the capacity's scope is the rank's micro-batch
+    # the gating groups are equal runs of the batch's tokens
     groups = C["groups"]
     return MoEParts(
         router=TopKRouterConfig(top_k=2, renormalise=True, renormalise_epsilon=1e-9),
         experts=FFNExpertsConfig(num_experts=C["E"], width=C["F"], activation="relu", gated=False),
         capacity=SlotsConfig(factor=C["capacity_factor"], choices=1, round="down", multiple=4, scope="rank", num_groups=groups),
-        loss={"balance": SwitchBalanceConfig(coefficient=C["aux_weight"], scope="rank")},
+        loss={"balance": SwitchBalanceConfig(coefficient=C["aux_weight"], scope="rank", num_groups=groups)},
     )
 
 
@@ -80,7 +79,6 @@ def filled():
     return made.train()
 
 
-@pytest.mark.skipif(C["groups"] != 1, reason="the balance loss of several groups per batch is replayed in the layer test only")
 def test_glam_model():
     made, ids = filled(), DATA["model.input_ids"]
     batch, length = ids.shape
@@ -107,8 +105,7 @@ def test_glam_layer_with_drops():
     layer = filled().layers[0].ffn
     x = DATA["layer.x"].clone().requires_grad_()
     tokens, experts = x.shape[0] * x.shape[1], C["E"]
-    # the balance loss is the mean over the gating groups: each group as a sequence of its own
-    ctx = context(tokens, batch_size=C["groups"])
+    ctx = context(tokens, batch_size=x.shape[0])
     routing = layer.router(x.reshape(tokens, -1), ctx)
     executed = layer.capacity(routing, ctx)
     assert layer.capacity.capacity(tokens // C["groups"], 2, experts, training=True) == META["capacity"]
@@ -122,7 +119,7 @@ def test_glam_layer_with_drops():
     _, weight = dense_map(executed)
     assert bool((weight.sum(1) <= 1 + 1e-9).all())
 
-    balance = SwitchBalanceConfig(scope="sequence").build()(routing, ctx)
+    balance = SwitchBalanceConfig(scope="rank", num_groups=C["groups"]).build()(routing, ctx)
     assert_close(balance, DATA["layer.aux"][0], kind="golden")
     y = layer.executor(x.reshape(tokens, -1), executed, layer.experts).view_as(x)
     assert_close(y, DATA["layer.y"], kind="golden")

@@ -1,6 +1,7 @@
 """Replays the vectors ``router-basics-megatron``: score functions, dropping, aux losses, bias update, GShard."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -19,14 +20,28 @@ K, GROUPS, GROUP_TOPK = META["K"], META["num_groups"], META["group_topk"]
 LATER = {"sinkhorn", "base", "expert_choice"}
 """Routers of a later version; their tensors are not read here."""
 
+
+def number(pattern, text):
+    """The number that a description states."""
+    return float(re.search(pattern, text).group(1))
+
+
+FORMULAS = {case["name"]: case.get("formula", "") for case in META["cases"]}
+
+
+def scale_of(name):
+    return number(r"times ([\d.]*\d)", FORMULAS[name])
+
+
+COEFFICIENT = number(r"coefficient ([\d.e-]*\d)", META["tensor_groups"]["aux.*"])
 BIASED = {"sigmoid_bias_group_scale", "sqrtsoftplus_bias"}
 SCORES = {
     "post_softmax": dict(score="logit", selected_softmax=True),
     "pre_softmax": dict(),
-    "sigmoid_bias_group_scale": dict(score="sigmoid", renormalise=True, renormalise_epsilon=1e-20, scale=2.5, num_groups=GROUPS,
+    "sigmoid_bias_group_scale": dict(score="sigmoid", renormalise=True, renormalise_epsilon=1e-20, scale=scale_of("sigmoid_bias_group_scale"), num_groups=GROUPS,
                                      groups_per_token=GROUP_TOPK, group_score_experts=max(1, K // GROUP_TOPK)),
     "sigmoid_nobias": dict(score="sigmoid", renormalise=True, renormalise_epsilon=1e-20),
-    "sqrtsoftplus_bias": dict(score="sqrt_softplus", renormalise=True, renormalise_epsilon=1e-20, scale=1.5),
+    "sqrtsoftplus_bias": dict(score="sqrt_softplus", renormalise=True, renormalise_epsilon=1e-20, scale=scale_of("sqrtsoftplus_bias")),
 }  # fmt: skip
 
 
@@ -52,7 +67,7 @@ def test_score_function(name):
 
 
 def test_sequence_and_micro_batch_losses():
-    coefficient, batch = 0.01, META["B"]
+    coefficient, batch = COEFFICIENT, META["B"]
     logits = DATA["logits"].float().requires_grad_()
     ctx = context(logits.shape[0], batch_size=batch)
     routing = route("pre_softmax", logits, ctx)
@@ -64,7 +79,8 @@ def test_sequence_and_micro_batch_losses():
     assert_close(logits.grad, DATA["aux.micro_batch_grad_logits"], kind="golden")
     # the reference's z-loss is float64
     z = ZLossConfig().build()(route("pre_softmax", DATA["logits"], ctx), ctx)
-    assert_close(0.001 * z, DATA["aux.z_loss"], kind="golden")
+    weight = number(r"z_loss: ([\d.e-]*\d)", META["tensor_groups"]["aux.*"])
+    assert_close(weight * z, DATA["aux.z_loss"], kind="golden")
 
 
 class Replayed:
@@ -80,7 +96,7 @@ class Replayed:
 
 def test_losses_per_rank():
     """The stored global loss keeps P local: the ranks' losses add up to ours, which reduces both f and P."""
-    coefficient, ranks = 0.01, DATA["aux.global_loss_per_rank"].numel()
+    coefficient, ranks = COEFFICIENT, DATA["aux.global_loss_per_rank"].numel()
     halves = DATA["logits"].float().chunk(ranks)
     local = []
     recorded = []
@@ -117,7 +133,14 @@ def test_dropping(key):
 
 def test_bias_update():
     counts = DATA["bias_update.tokens_per_expert"].long()
-    made = router(1, counts.numel(), torch.float64, top_k=K, selection_bias=True, bias_update_rate=1e-3)
+    made = router(
+        1,
+        counts.numel(),
+        torch.float64,
+        top_k=K,
+        selection_bias=True,
+        bias_update_rate=number(r"([\d.e-]*\d)\*sign", META["tensor_groups"]["bias_update.*"]),
+    )
     made.selection_bias = DATA["expert_bias"].clone()
     zero = torch.zeros(())
     made.end_step(LayerStatistics(counts, counts, zero, zero))

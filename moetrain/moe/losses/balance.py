@@ -33,15 +33,24 @@ class SwitchBalanceConfig(Component):
 
     coefficient: float = setting(0.01, doc="weight of the loss; GShard, Switch and GLaM 0.01", ge=0)
     scope: BalanceScope = setting("sequence", doc=_SCOPE_DOC)
+    num_groups: int = setting(1, doc="with scope=rank: equal groups that the rank's tokens are cut into", ge=1)
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        if self.num_groups > 1 and self.scope != "rank":
+            yield Problem(f"{path}.num_groups", self.num_groups, f"needs {path}.scope=rank")
 
     def build(self) -> SwitchBalance:
-        return SwitchBalance(coefficient=self.coefficient, scope=self.scope)
+        return SwitchBalance(self)
 
 
 class SwitchBalance(Loss):
+    def __init__(self, config: SwitchBalanceConfig) -> None:
+        super().__init__(coefficient=config.coefficient, scope=config.scope)
+        self.num_groups = config.num_groups
+
     def forward(self, routing: Routing, ctx: RouterContext) -> Tensor:
         first = torch.where(routing.slot == 0, routing.expert, PAD)
-        sums = GroupSums(routing, ctx, self.scope, expert=first)
+        sums = GroupSums(routing, ctx, self.scope, expert=first, num_groups=self.num_groups)
         tokens = sums.tokens.clamp_min(1)[:, None]
         product = (sums.counts / tokens) * (sums.probs / tokens)
         return sums.mean_over_groups(product.sum(1) * sums.counts.shape[1])

@@ -29,28 +29,34 @@ class GroupSums:
     """Per token group g of a scope: choices per expert and summed probabilities.
 
     counts: [G, E] choices, without gradient. probs: [G, E] summed over the valid tokens, with gradient.
-    tokens: [G] valid tokens. A sequence is a group; the other scopes have a single one, which for micro_step is
-    summed over the data-parallel world.
+    tokens: [G] valid tokens. With scope sequence each sequence is a group; with rank the tokens are cut into
+    ``num_groups`` equal runs; with micro_step there is one group, summed over the data-parallel world.
     """
 
     def __init__(
-        self, routing: Routing, ctx: RouterContext, scope: Scope, *, expert: Tensor | None = None, token: Tensor | None = None
+        self,
+        routing: Routing,
+        ctx: RouterContext,
+        scope: Scope,
+        *,
+        expert: Tensor | None = None,
+        token: Tensor | None = None,
+        num_groups: int = 1,
     ) -> None:
         assert routing.probs is not None, "this loss needs the router's probabilities"
         probs = routing.probs if ctx.valid is None else routing.probs * ctx.valid[:, None]
         expert = routing.expert if expert is None else expert
         token = routing.token if token is None else token
         num_tokens, experts = probs.shape
-        self.num_groups = ctx.batch_size if scope == "sequence" else 1
+        self.num_groups = ctx.batch_size if scope == "sequence" else num_groups
         size = num_tokens // self.num_groups
         real = expert != PAD
         index = torch.where(real, (token // size) * experts + expert, self.num_groups * experts)
         counts = torch.bincount(index, minlength=self.num_groups * experts + 1)[:-1]
-        valid = ctx.forward.valid_per_sequence()
-        if valid is None:
+        if ctx.valid is None:
             tokens = torch.full((self.num_groups,), size, device=probs.device)
         else:
-            tokens = valid if scope == "sequence" else valid.sum().view(1)
+            tokens = ctx.valid.view(self.num_groups, size).sum(1)
         self.counts = ctx.reduce(counts.view(self.num_groups, experts).to(probs.dtype), scope)
         self.probs = ctx.reduce(probs.view(self.num_groups, size, experts).sum(1), scope)
         self.tokens = ctx.reduce(tokens.to(probs.dtype), scope)
