@@ -38,12 +38,18 @@ BIASED = {"sigmoid_bias_group_scale", "sqrtsoftplus_bias"}
 SCORES = {
     "post_softmax": dict(score="logit", selected_softmax=True),
     "pre_softmax": dict(),
-    "sigmoid_bias_group_scale": dict(score="sigmoid", renormalise=True, renormalise_epsilon=1e-20, scale=scale_of("sigmoid_bias_group_scale"),
-                                     num_groups=GROUPS,
-                                     groups_per_token=GROUP_TOPK, group_score_experts=max(1, K // GROUP_TOPK)),
+    "sigmoid_bias_group_scale": dict(
+        score="sigmoid",
+        renormalise=True,
+        renormalise_epsilon=1e-20,
+        scale=scale_of("sigmoid_bias_group_scale"),
+        num_groups=GROUPS,
+        groups_per_token=GROUP_TOPK,
+        group_score_experts=max(1, K // GROUP_TOPK),
+    ),
     "sigmoid_nobias": dict(score="sigmoid", renormalise=True, renormalise_epsilon=1e-20),
     "sqrtsoftplus_bias": dict(score="sqrt_softplus", renormalise=True, renormalise_epsilon=1e-20, scale=scale_of("sqrtsoftplus_bias")),
-}  # fmt: skip
+}
 
 
 def route(name, logits, ctx):
