@@ -126,6 +126,12 @@ class Config:
                 f"must divide the {batch // world_size} sequences that each of {world_size} ranks has per step",
             )
 
+        tokens = self.micro_batch_size(world_size) * self.data.seq_len
+        for path, component in {"capacity": self.capacity, **{f"loss.{name}": loss for name, loss in self.loss.items()}}.items():
+            groups = getattr(component, "num_groups", 1)
+            if tokens % groups:
+                yield Problem(f"{path}.num_groups", groups, f"must divide the {tokens} tokens of a rank's micro-batch")
+
     def micro_batch_size(self, world_size: int) -> int:
         """Sequences per rank and forward pass."""
         return self.train.micro_batch_size or self.train.global_batch_size // world_size
