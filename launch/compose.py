@@ -24,6 +24,10 @@ class SweepError(MoetrainError):
         self.exit_code = exit_code
 
 
+HYDRA_ONLY = ("object_type", "reference_type", "See https", "Set the env", "Config search path", "provider=", "To append to your config")
+"""Beginnings of lines in Hydra's messages that say nothing to the user of this command: a key added with + is refused too."""
+
+
 def shipped(group: str) -> list[str]:
     """Names of the YAML options of a group."""
     folder = resources.files("moetrain.configs") / group
@@ -115,7 +119,7 @@ def _message(error: Exception) -> str:
     current: BaseException | None = error
     while current is not None:
         lines = [line.strip() for line in str(current).splitlines() if line.strip()]
-        text = "; ".join(line for line in lines if not line.startswith(("object_type", "reference_type", "See https", "Set the env")))
+        text = "; ".join(line for line in lines if not line.startswith(HYDRA_ONLY))
         if text and text not in parts:
             parts.append(text)
         current = current.__cause__

@@ -10,9 +10,12 @@ import os
 import signal
 import sys
 import tempfile
+import time
+import traceback
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,8 @@ from moetrain.launch.runs import check_compatible, check_resume, config_hash, op
 from moetrain.launch.signals import stop_on_signals
 from moetrain.parallel.ranks import Ranks
 from moetrain.train.settings import Config
+
+JOBS = count()  # of this process, which under torchrun trains all jobs of a sweep
 
 
 class ReportedError(MoetrainError):
@@ -88,7 +93,11 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, stop: Any) -> dict[str
 def join_group(config: Config, ranks: Ranks) -> None:
     """The default process group: gloo on CPU; nccl with gloo beside it (for checkpoints) on GPU."""
     backend = "gloo" if ranks.device(config.train.device).type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.launch.timeout_seconds))
+    timeout = timedelta(seconds=config.launch.timeout_seconds)
+    # torchrun's store outlives the group and still holds the addresses of the previous job's ranks
+    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+    store = dist.PrefixStore(f"job{next(JOBS)}", store)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def die_with_parent() -> None:
@@ -99,7 +108,7 @@ def die_with_parent() -> None:
 
 
 def worker(plain: dict[str, Any], run_dir: str, errors: str) -> dict[str, Any]:
-    """One rank started by :func:`start_workers`. A user's error is left in the folder ``errors`` for the launcher."""
+    """One rank started by :func:`start_workers`. What goes wrong is left in the folder ``errors`` for the launcher."""
     die_with_parent()
     import moetrain.components  # noqa: F401  the registry of a fresh process
 
@@ -112,11 +121,18 @@ def worker(plain: dict[str, Any], run_dir: str, errors: str) -> dict[str, Any]:
             dist.destroy_process_group()
             return result
         except MoetrainError as error:
-            report = {"message": str(error), "exit_code": error.exit_code}
-            Path(errors, f"{ranks.rank}.json").write_text(json.dumps(report), encoding="utf-8")
-            sys.exit(error.exit_code)
+            leave_report(Path(errors), ranks.rank, str(error), error.exit_code)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
+        except Exception:
+            leave_report(Path(errors), ranks.rank, f"rank {ranks.rank} failed:\n{traceback.format_exc()}", 1)
+
+
+def leave_report(errors: Path, rank: int, message: str, exit_code: int) -> NoReturn:
+    """End this worker; the launcher shows the report that is first in time: the others follow from it."""
+    report = {"time": time.time(), "message": message, "exit_code": exit_code}
+    (errors / f"{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+    sys.exit(exit_code)
 
 
 def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
@@ -156,21 +172,18 @@ def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
 
 
 def describe_failure(error: Any, scratch: Path) -> ReportedError:
-    """What the first rank that failed has to say."""
-    for file in sorted(scratch.glob("*.json")):
-        report = json.loads(file.read_text(encoding="utf-8"))
-        return ReportedError(report["message"], report["exit_code"])
+    """The cause of a ChildFailedError: a rank that ended without a report, else the report that is first in time."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         return ReportedError(f"rank {rank} was killed by {name}; the same command continues from the last checkpoint")
     if failure.exitcode == 128 + signal.SIGINT:
         return ReportedError("interrupted before the current step was done", failure.exitcode)
-    report = failure.message
-    if isinstance(report, dict):  # what torch's @record wrote: {"message": {"message": ..., "extraInfo": {...}}}
-        inner = report.get("message", report)
-        report = inner.get("extraInfo", {}).get("py_callstack", inner) if isinstance(inner, dict) else inner
-    return ReportedError(f"rank {rank} failed:\n{report}")
+    if not (scratch / f"{rank}.json").exists():
+        return ReportedError(f"rank {rank} ended with exit status {failure.exitcode} and no message")
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in scratch.glob("*.json")]
+    first = min(reports, key=lambda report: report["time"])
+    return ReportedError(first["message"], first["exit_code"])
 
 
 def train_under_torchrun(config: Config) -> dict[str, Any]:
@@ -192,8 +205,16 @@ def train_under_torchrun(config: Config) -> dict[str, Any]:
         if "error" in decision[0]:
             raise ReportedError(decision[0]["error"], decision[0]["exit_code"])
         theirs = load(Config, decision[0]["config"])
-        if config_hash(theirs) != config_hash(config):
-            raise ReportedError(f"rank {ranks.rank} was started with another configuration than rank 0", 2)
-        result = run_rank(theirs, ranks, Path(decision[0]["run_dir"]), stop)
+        hashes: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(hashes, config_hash(config))
+        different = [str(rank) for rank, value in enumerate(hashes) if value != hashes[0]]
+        if different:
+            raise ReportedError(f"started with another configuration than rank 0: rank {', '.join(different)}", 2)
+        try:
+            result = run_rank(theirs, ranks, Path(decision[0]["run_dir"]), stop)
+        except MoetrainError as error:
+            if ranks.local_rank:  # may have happened on this rank alone; the first of each machine prints its own
+                print(f"moetrain: error on rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+            raise
         dist.destroy_process_group()
         return result

@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(error: MoetrainError) -> None:
-    """Print an error once, whatever the number of ranks that found it."""
+    """Print an error once on each machine, whatever the number of ranks that found it."""
     from moetrain.parallel.ranks import Ranks
 
-    if Ranks.detect().is_main:
+    if Ranks.detect().local_rank == 0:
         print(f"moetrain: error: {error}", file=sys.stderr, flush=True)
 
 
@@ -138,13 +138,19 @@ def keyword_settings(cls: type, arguments: list[str]) -> Any:
 
     values: dict[str, Any] = {}
     described = describe(cls)
+    lines = "\n".join(f"  {s.name}={'' if s.default == '???' else s.default}   {s.doc}" for s in described)
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or key in ("--help", "-h"):
-            lines = "\n".join(f"  {s.name}={'' if s.default == '???' else s.default}   {s.doc}" for s in described)
+        if argument in ("--help", "-h"):
+            print(f"{cls.__doc__}\n\nArguments are key=value:\n{lines}")
+            sys.exit(0)
+        if not equals:
             raise ConfigError(f"arguments are key=value; {argument!r} is not. Keys:\n{lines}")
         texts = [s.name for s in described if s.name in ("prompt", "run", "device")]
-        values[key] = value if key in texts else yaml.safe_load(value)
+        try:
+            values[key] = value if key in texts else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{argument}: the value is not valid YAML") from error
     return load(cls, values)
 
 

@@ -46,7 +46,7 @@ def test_bad_input_is_one_message_and_exit_code_2(overrides, expected, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("content", "expected"), [(b"", "no text"), (b"  \n ", "no text"), (b"fine\xffbroken", "byte 4 is not UTF-8")])
+@pytest.mark.parametrize(("content", "expected"), [(b"", "no text"), (b"  \n ", "no text"), (b"fine\xffbroken", "offset 4 is not UTF-8")])
 def test_bad_data_is_refused_before_training(content, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOETRAIN_CACHE", str(tmp_path / "cache"))
