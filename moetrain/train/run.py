@@ -249,7 +249,7 @@ class Trainer:
         self.saved_step = self.progress.step
 
     def summary(self) -> dict[str, Any]:
-        """Final held-out loss, and a sample of text from one process with all weights (main rank)."""
+        """Final held-out loss, evaluated again if the run was complete already."""
         if self.last_evaluation is None:
             self.maybe_evaluate()
         return dict(self.last_evaluation or {})

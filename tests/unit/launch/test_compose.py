@@ -43,22 +43,27 @@ def test_a_model_preset_chooses_its_parts_and_the_command_line_overrides_it(comp
     assert (changed["router"]["jitter"], changed["capacity"]["kind"], changed["experts"]["gated"]) == (0.01, "none", False)
 
 
-def test_an_experiment_beats_the_model_preset_and_the_command_line_beats_both(compose, tmp_path):
+@pytest.fixture
+def experiments(tmp_path):
+    """Arguments that add a folder with ``experiment=paper``."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "paper.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /model: glam_tiny\n  - override /router: switch\n  - _self_\n"
         "train:\n  steps: 7\nmodel:\n  num_experts: 16\n"
     )
-    paper = ["--config-dir", str(tmp_path), "experiment=paper"]
-    plain = compose(*paper)[0]
+    return ["--config-dir", str(tmp_path)]
+
+
+def test_an_experiment_beats_the_model_preset_and_the_command_line_beats_both(compose, experiments):
+    plain = compose(*experiments, "experiment=paper")[0]
     assert (plain["train"]["steps"], plain["model"]["num_experts"], plain["router"]["jitter"]) == (7, 16, 0.01)
-    plain = compose(*paper, "train.steps=9", "router=mixtral")[0]
+    plain = compose(*experiments, "experiment=paper", "train.steps=9", "router=mixtral")[0]
     assert (plain["train"]["steps"], plain["model"]["num_experts"], plain["router"]["jitter"]) == (9, 16, 0.0)
 
 
-def test_a_misspelt_experiment_is_refused_and_does_not_train_the_default(compose):
-    with pytest.raises(ConfigError, match="experiment"):
-        compose("experiment=nope")
+def test_a_misspelt_experiment_is_refused_and_does_not_train_the_default(compose, experiments):
+    with pytest.raises(ConfigError, match="experiment/nope"):
+        compose(*experiments, "experiment=nope")
 
 
 def test_settings_that_follow_the_model_follow_it(configure):
