@@ -12,10 +12,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from moetrain.errors import StorageError
+from moetrain.errors import DataError, StorageError
 
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+CHUNK_BYTES = 1 << 24
+"""Read at a time from a file that may not fit in memory."""
 
 
 def cache_dir() -> Path:
@@ -65,6 +70,22 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in _REFUSED:
             raise StorageError(f"cannot write {path}: {error.strerror} (MOETRAIN_CACHE sets the cache's place)") from error
         raise
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """The content of an input file, piece by piece. Raises DataError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def hash_file(digest: Any, path: Path) -> None:
+    """Update an ``xxhash`` digest with the content of a file. Raises DataError if it cannot be read."""
+    for chunk in file_chunks(path):
+        digest.update(chunk)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from moetrain.data.cache import cache_dir, locked, new_entry, storage_errors, write
+from moetrain.data.cache import cache_dir, hash_file, locked, new_entry, storage_errors, write
 from moetrain.data.prepared import PreparedData
 from moetrain.data.sources import DataConfig, read_text
 from moetrain.data.tokenizers import ByteTokenizer, Tokenizer, from_definition, train_bpe
@@ -31,9 +31,6 @@ FORMAT = 2
 BATCH = 256
 """Documents that are tokenised together."""
 
-CHUNK_BYTES = 1 << 24
-"""Read at a time when a file is hashed."""
-
 NOT_IN_KEY = ("seq_len", "mask_documents", "path", "streaming", "tokenizer", "vocab_size")
 """Settings that do not change the tokens, or enter the key in another form."""
 
@@ -44,7 +41,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     progress(stage, done, total) is called now and then; total is None where it is unknown. Raises DataError for
     missing, empty or unreadable data, StorageError if the cache cannot be written.
     """
-    report = progress or (lambda stage, done, total: None)
+    report = progress or _silent
     files = config.files()
     key = content_key(config, files, report)
     folder = cache_dir() / "data" / key
@@ -55,7 +52,11 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     return PreparedData(folder)
 
 
-def content_key(config: DataConfig, files: Sequence[Path], report: Progress) -> str:
+def _silent(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+def content_key(config: DataConfig, files: Sequence[Path], report: Progress = _silent) -> str:
     """Hash of everything that decides what the token files hold; where the files lie and how they are called does not."""
     digest = xxhash.xxh3_128()
     fields: dict[str, Any] = {name: value for name, value in vars(config).items() if name not in NOT_IN_KEY}
@@ -63,21 +64,12 @@ def content_key(config: DataConfig, files: Sequence[Path], report: Progress) -> 
     fields["vocab_size"] = config.vocab_size if config.tokenizer == "bpe" else None
     digest.update(json.dumps([FORMAT, config.kind, fields], sort_keys=True).encode())
     if fields["tokenizer"] == "file":
-        _hash_file(digest, Path(config.tokenizer).expanduser())
+        hash_file(digest, Path(config.tokenizer).expanduser())
     for number, file in enumerate(files, start=1):
-        _hash_file(digest, file)
+        hash_file(digest, file)
         digest.update(b"\0end of file\0")  # so that moving text from one file to the next changes the key
         report("reading", number, len(files))
     return digest.hexdigest()
-
-
-def _hash_file(digest: Any, path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _documents(config: DataConfig, files: Sequence[Path]) -> Iterator[str]:
@@ -127,6 +119,9 @@ def _build(config: DataConfig, files: Sequence[Path], folder: Path, report: Prog
     tokenizer = make_tokenizer(config, files, split, report)
     with new_entry(folder) as temporary:
         meta = _pack(_documents(config, files), split, tokenizer, temporary, report)
+        if content_key(config, files) != folder.name:  # the entry would hold something else than its name says, for good
+            raise DataError("data: the files or the tokenizer changed while they were being prepared; start again when they are complete")
+        meta["tokenizer_xxh3_64"] = xxhash.xxh3_64_hexdigest(tokenizer.definition.encode())
         write(temporary / "tokenizer.json", tokenizer.definition)
         write(temporary / "meta.json", json.dumps(meta, indent=1))
 
@@ -172,7 +167,7 @@ class _Writer:
         os.fsync(self.file.fileno())
         write(self.path.with_suffix(".documents"), self.offsets.tobytes())
         digest = xxhash.xxh3_64()
-        _hash_file(digest, self.path)
+        hash_file(digest, self.path)
         return {"tokens": self.offsets[-1], "documents": len(self.offsets) - 1, "xxh3_64": digest.hexdigest()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moetrain.data.cache import write
 from moetrain.data.tokenizers import Tokenizer, load_tokenizer
 from moetrain.errors import DataError
 
@@ -62,4 +63,6 @@ class PreparedData:
         """Copy the tokenizer's definition into a run folder, so that the run does not depend on the cache."""
         target = folder / "tokenizer.json"
         if not target.exists():
-            target.write_text((self.folder / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
+            partial = target.with_suffix(".partial")
+            write(partial, (self.folder / "tokenizer.json").read_bytes())
+            partial.replace(target)  # a killed run never leaves half a tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import re
 import sysconfig
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import xxhash
+
 from moetrain.config import Component, setting
-from moetrain.data.cache import cache_dir
+from moetrain.data.cache import cache_dir, file_chunks, hash_file
 from moetrain.errors import DataError, Problem
 from moetrain.registry import register
 
@@ -43,7 +46,7 @@ class DataConfig(Component):
 def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
     """A file, the matches of a glob, or the files with these suffixes below a folder. Raises DataError if there are none."""
     root = Path(path).expanduser()
-    if root.is_dir():
+    if path and root.is_dir():  # no path at all is not the working directory
         files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in suffixes)
         wanted = f"a folder without {' or '.join(suffixes)} files"
     else:
@@ -56,14 +59,28 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
 
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file. Raises DataError naming the byte that is not UTF-8."""
+    return "".join(_decoded(file))
+
+
+def check_text(file: Path) -> None:
+    """Raises DataError as :func:`read_text` does, without holding the text in memory."""
+    for _ in _decoded(file):
+        pass
+
+
+def _decoded(file: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0  # of the first byte that is not decoded yet: a character may lie across two chunks
     try:
-        return file.read_bytes().decode("utf-8")
+        for chunk in file_chunks(file):
+            end = offset + len(decoder.getstate()[0]) + len(chunk)
+            yield decoder.decode(chunk)
+            offset = end - len(decoder.getstate()[0])
+        yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}: the byte at offset {error.start} is not UTF-8 ({error.reason}); convert the file or leave it out"
+            f"{file}: the byte at offset {offset + error.start} is not UTF-8 ({error.reason}); convert the file or leave it out"
         ) from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 @register("data", "stdlib")
@@ -119,13 +136,19 @@ class TableConfig(DataConfig):
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised as well
+        cache = cache_dir() / "datasets"
+        if not self.streaming:  # the library takes a file for unchanged if path and mtime are
+            digest = xxhash.xxh3_128()
+            hash_file(digest, file)
+            cache /= digest.hexdigest()
         try:
             table = datasets.load_dataset(
                 self.BUILDER,
                 data_files=glob.escape(str(file)),
                 split="train",
                 streaming=self.streaming,
-                cache_dir=str(cache_dir() / "datasets"),
+                cache_dir=str(cache),
             )
             columns = table.column_names or list(next(iter(table), {}))
             if self.column not in columns:
@@ -150,7 +173,7 @@ class JsonConfig(TableConfig):
     SUFFIXES = (".json", ".jsonl")
 
     def documents(self, file: Path) -> Iterator[str]:
-        read_text(file)  # the library's message would not give the byte's place in the file
+        check_text(file)  # the library's message would not give the byte's place in the file
         yield from super().documents(file)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
-from moetrain.data import prepare
+from moetrain.data import load_tokenizer, prepare
 from moetrain.data.prepare import plan_split
 from moetrain.data.prepared import PreparedData, TokenFile
 from moetrain.data.sources import DataConfig, TextConfig
@@ -160,6 +161,29 @@ def test_damaged_cache_entry_is_noticed(tmp_path: Path, name: str) -> None:
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(DataError, match=rf"{name}.*delete .* to prepare the data again"):
         prepare(config)
+
+
+def test_files_that_change_meanwhile_are_not_cached(tmp_path: Path, cache: Path) -> None:
+    config = by_line(tmp_path)
+
+    def change(stage: str, done: int, total: int | None) -> None:
+        if stage == "tokenising":
+            (tmp_path / "lines.txt").write_text("something else\n")
+
+    with pytest.raises(DataError, match="changed while they were being prepared"):
+        prepare(config, progress=change)
+    assert list((cache / "data").iterdir()) == []
+
+
+def test_saved_tokenizer_is_whole(tmp_path: Path) -> None:
+    data = prepare(by_line(tmp_path, tokenizer="bpe"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.partial").write_text("left by a killed run")
+    data.save_tokenizer(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
+    saved = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    assert xxhash.xxh3_64_hexdigest(saved) == data.meta["tokenizer_xxh3_64"]
+    assert load_tokenizer(tmp_path / "run").encode("line number") == data.tokenizer.encode("line number")
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from moetrain import registry
 from moetrain.config import dump, load
-from moetrain.data.sources import ArrowConfig, DataConfig, JsonConfig, ParquetConfig, StdlibConfig, TextConfig
+from moetrain.data.sources import ArrowConfig, DataConfig, JsonConfig, ParquetConfig, StdlibConfig, TextConfig, check_text, read_text
 from moetrain.errors import ConfigError, DataError
 
 
@@ -82,6 +83,29 @@ def test_not_utf8_names_file_and_byte(tmp_path: Path) -> None:
         documents(JsonConfig(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 5, 1000])
+def test_characters_may_lie_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr("moetrain.data.cache.CHUNK_BYTES", chunk_bytes)
+    good, cut, bad = (tmp_path / name for name in ("good", "cut", "bad"))
+    text = "aé日\U0001f600\r\nb"
+    good.write_bytes(text.encode())
+    check_text(good)
+    assert read_text(good) == text
+    cut.write_bytes("é日".encode()[:-1])
+    bad.write_bytes("é日\U0001f600".encode() + b"\xf0\x9fa")
+    for file, offset in ((cut, 2), (bad, 9)):
+        for read in (check_text, read_text):
+            with pytest.raises(DataError, match=rf"{file.name}: the byte at offset {offset} is not UTF-8"):
+                read(file)
+
+
+def test_no_path_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"data\.path = '': no such file"):
+        documents(TextConfig(path=""))
+
+
 @pytest.mark.parametrize("path", ["nothing.txt", "no*.txt", "."])
 def test_missing_path(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,6 +141,15 @@ def test_tables(tmp_path: Path, cache: Path, streaming: bool, capfd: pytest.Capt
     assert "%" not in capfd.readouterr().err  # no progress bars
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_new_content_is_read_though_the_time_of_the_file_is_the_old(tmp_path: Path, streaming: bool) -> None:
+    config = JsonConfig(path=str(tmp_path / "rows.jsonl"), streaming=streaming)
+    for text in ("old", "new"):
+        Path(config.path).write_text(json.dumps({"text": text}) + "\n")
+        os.utime(config.path, (1e9, 1e9))
+        assert documents(config) == [text]
+
+
 DAMAGED = [
     (ParquetConfig, "x.parquet", b"junk"),
     (JsonConfig, "x.json", b"{x"),
@@ -127,7 +160,10 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("kind", "name", "content"), DAMAGED)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_damaged_tables_name_the_file(tmp_path: Path, kind: type[Any], name: str, content: bytes, streaming: bool) -> None:
+def test_damaged_tables_name_the_file(
+    tmp_path: Path, kind: type[Any], name: str, content: bytes, streaming: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: "):
         documents(kind(path=str(tmp_path), streaming=streaming))
+    assert capfd.readouterr().err == ""  # the library does not report the same error again
