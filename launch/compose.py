@@ -57,7 +57,7 @@ def build_config(plain: dict[str, Any]) -> Config:
     from moetrain.parallel.ranks import Ranks
 
     config = load(Config, plain)
-    launched = Ranks.detect().world_size if "WORLD_SIZE" in os.environ else config.launch.nproc_per_node * config.launch.nnodes
+    launched = Ranks.detect().world_size if "RANK" in os.environ else config.launch.nproc_per_node * config.launch.nnodes
     problems = list(config.layout_problems(launched))
     if problems:
         raise ConfigError(problems)

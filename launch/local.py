@@ -107,9 +107,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def worker(plain: dict[str, Any], run_dir: str, errors: str) -> dict[str, Any]:
+def worker(plain: dict[str, Any], run_dir: str, errors: str, launcher: int) -> dict[str, Any]:
     """One rank started by :func:`start_workers`. What goes wrong is left in the folder ``errors`` for the launcher."""
     die_with_parent()
+    if os.getppid() != launcher:
+        sys.exit("the launcher ended while this worker was starting")
     import moetrain.components  # noqa: F401  the registry of a fresh process
 
     ranks = Ranks.detect()
@@ -165,7 +167,7 @@ def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
             signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: workers finish their step
         )
         try:
-            results = elastic_launch(launch, worker)(dump(config), str(run_dir), scratch)
+            results = elastic_launch(launch, worker)(dump(config), str(run_dir), scratch, os.getpid())
         except ChildFailedError as error:
             raise describe_failure(error, Path(scratch)) from error
     return results[0]

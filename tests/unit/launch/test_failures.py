@@ -53,7 +53,7 @@ def test_a_failing_worker_leaves_its_own_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "die_with_parent", lambda: None)
     monkeypatch.setattr(local, "run_rank", run_rank)
     with pytest.raises(SystemExit) as caught:
-        local.worker({}, str(tmp_path), str(tmp_path))
+        local.worker({}, str(tmp_path), str(tmp_path), os.getppid())
     assert caught.value.code == 1
     message = str(describe_failure(child_failed(0, 1), tmp_path))
     assert "rank 0 failed" in message and "in run_rank" in message and "the experts are on strike" in message
