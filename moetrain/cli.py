@@ -188,7 +188,8 @@ def list_components(arguments: list[str]) -> int:
     if len(arguments) == 2:
         return describe_component(*arguments)
     if arguments:
-        singular = {**{g: g for g in groups}, **{f"{g}s": g for g in groups}, "losses": "loss", "capacities": "capacity", "expert": "experts"}
+        irregular = {"losses": "loss", "capacities": "capacity", "expert": "experts"}
+        singular = {**{g: g for g in groups}, **{f"{g}s": g for g in groups}, **irregular}
         if arguments[0] not in singular:
             raise ConfigError(f"no group {arguments[0]!r}; groups: {', '.join(groups)}")
         wanted = [singular[arguments[0]]]
