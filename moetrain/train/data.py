@@ -37,7 +37,8 @@ class BatchPlan:
         return [self._batch(position + self._offsets(step)) for step in range(self.accumulation)]
 
     def evaluation_batches(self, limit: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the first ``limit`` global batches of the held-out data, in file order.
+        """This rank's micro-batches of ``limit`` global batches of the held-out data, always the same ones in the same
+        scattered order: neighbouring sequences come from one document and would be a poor sample.
 
         All ranks get equally many; what lies beyond the data is a sequence without targets.
         """
@@ -45,7 +46,7 @@ class BatchPlan:
         for start in range(0, min(limit * self.global_batch_size, total), self.global_batch_size):
             for step in range(self.accumulation):
                 index = start + self._offsets(step)
-                batch = self.sequences.batch(np.minimum(index, total - 1), index)
+                batch = self.sequences.batch(sample_at(0, np.minimum(index, total - 1), total), index)
                 batch.targets[torch.from_numpy(index >= total)] = IGNORE
                 yield batch
 
