@@ -4,9 +4,10 @@
 step. Actions: ``kill`` (SIGKILL to itself), ``stop`` (SIGSTOP), ``exit`` (status 1, without any clean-up),
 ``raise`` (:class:`FaultError`). Without the variable a point does nothing.
 
-Points so far: ``ckpt.begin`` (before anything is written), ``ckpt.shard`` (a rank's file is written, the index is
-not), ``ckpt.manifest`` (rank 0; all files but the manifest are written), ``ckpt.rename`` (rank 0; complete but not
-yet under its name), ``ckpt.prune`` (rank 0; an old checkpoint is hidden but not yet deleted).
+Points so far: ``step.begin`` (before an optimizer step), ``ckpt.begin`` (before anything is written),
+``ckpt.shard`` (a rank's file is written, the index is not), ``ckpt.manifest`` (rank 0; all files but the manifest
+are written), ``ckpt.rename`` (rank 0; complete but not yet under its name), ``ckpt.prune`` (rank 0; an old
+checkpoint is hidden but not yet deleted).
 """
 
 from __future__ import annotations

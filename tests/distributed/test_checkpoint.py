@@ -167,6 +167,7 @@ def save_on_a_full_disk(rank: int, world_size: int, folder: Path, async_save: bo
             os.fsync = sync
         dist.barrier()
         left = sorted(path.name for path in folder.iterdir())
+        dist.barrier()  # the next save makes a folder
         checkpointer.save(3, place(full_state(3), rank, owners_of(world_size), [Shard(0)]), {})
     return kind, message, left
 

@@ -140,3 +140,11 @@ def test_sinks_and_bfloat16(workspace):
     run = workspace / "sinks"
     assert list((run / "tensorboard").glob("events*")) and list((run / "wandb").glob("offline-run-*"))
     assert [line["step"] for line in lines(run)] == [1, 2, 3]
+
+
+def test_warnings_of_the_package_stay_visible_after_hydra_has_run(capsys):
+    import logging
+
+    log = logging.getLogger("moetrain.train.metrics")
+    assert main(["train", "train.steps=0"]) == 2
+    assert not log.disabled and logging.getLogger().level <= logging.WARNING
