@@ -8,9 +8,11 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+import torch
+
 from moetrain import registry
 from moetrain.config import defaults, load
-from moetrain.errors import ConfigError, MoetrainError
+from moetrain.errors import ConfigError, MoetrainError, Problem
 from moetrain.train.settings import Config
 
 SECTIONS = ("run", "train", "checkpoint", "metrics", "logging", "launch")
@@ -59,6 +61,8 @@ def build_config(plain: dict[str, Any]) -> Config:
     config = load(Config, plain)
     launched = Ranks.detect().world_size if "RANK" in os.environ else config.launch.nproc_per_node * config.launch.nnodes
     problems = list(config.layout_problems(launched))
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        problems.append(Problem("train.device", "cuda", "needs a GPU that torch can use; this machine has none"))
     if problems:
         raise ConfigError(problems)
     return config

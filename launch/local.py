@@ -83,11 +83,16 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, stop: Any) -> dict[str
     from moetrain.train.run import run_training
 
     if config.train.threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+        torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
     device = ranks.device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return run_training(config, ranks, run_dir, stop=stop)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which a container or a batch system can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def join_group(config: Config, ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -13,6 +14,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def sparkline(values: list[float], width: int = 48) -> str:
     """Values as a row of bars, low to high, averaged down to ``width`` columns."""
+    values = [value for value in values if math.isfinite(value)]  # a skipped step's loss may not be
     if not values:
         return ""
     size = max(1, -(-len(values) // width))

@@ -60,7 +60,10 @@ class MetricsFile:
             raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError as error:  # what a full disk refused is still buffered; write() has reported it
+            log.warning("%s may lack its last line: %s", self.path, error)
 
 
 def keep_until(path: Path, step: int) -> None:

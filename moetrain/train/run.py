@@ -124,7 +124,10 @@ class Trainer:
         path = own or starting_checkpoint(self.config.checkpoint.resume)
         if path is not None:
             checkpoint.load(path, all_tensors(self.placed, self.optimizer), complete=True, verified=True)
-            self.progress = Progress.from_info(checkpoint.read_info(path).info)
+            info = checkpoint.read_info(path).info
+            if info["data"] != self.data.content_hash:
+                raise CheckpointError(f"{path} was trained on other data (content {info['data'][:8]}, now {self.data.content_hash[:8]})")
+            self.progress = Progress.from_info(info)
             set_update_count(self.optimizer, self.progress.updates)
             self.saved_step = self.progress.step if own else -1
             self.display.say(f"continuing after step {self.progress.step} from {path}")
@@ -206,7 +209,8 @@ class Trainer:
 
     def record(self, result: StepResult, phases: Phases, *, lr: float, norm: float, skipped: bool, seconds: float) -> None:
         """Write this step's line (main rank) and show it."""
-        rows = {name: int(layer.dispatched.sum()) for name, layer in result.statistics.items()}
+        layers = self.placed.model.moe_layers()
+        rows = {name: int(layer.dispatched[: layers[name].experts.num_experts].sum()) for name, layer in result.statistics.items()}
         flops = self.flops.step(result.tokens, self.config.data.seq_len, rows) / max(1e-9, seconds - phases.seconds.get("evaluation", 0.0))
         sent = dict(traffic)
         traffic.clear()

@@ -98,7 +98,7 @@ class Slots(Capacity):
         if config.evaluation == "none" and not ctx.training:
             return routing
         groups = ctx.batch_size if config.scope == "sequence" else config.num_groups
-        group_size = routing.num_tokens // groups
+        group_size = max(1, routing.num_tokens // groups)  # decoding runs one token at a time
         kept = ctx.once("capacity", lambda: self.kept(routing, group_size=group_size, training=ctx.training))
         weight = None
         if config.renormalise:
