@@ -61,8 +61,11 @@ def build_config(plain: dict[str, Any]) -> Config:
     config = load(Config, plain)
     launched = Ranks.detect().world_size if "RANK" in os.environ else config.launch.nproc_per_node * config.launch.nnodes
     problems = list(config.layout_problems(launched))
-    if config.train.device == "cuda" and not torch.cuda.is_available():
+    local, gpus = Ranks.detect().local_world_size if "RANK" in os.environ else config.launch.nproc_per_node, torch.cuda.device_count()
+    if config.train.device == "cuda" and not gpus:
         problems.append(Problem("train.device", "cuda", "needs a GPU that torch can use; this machine has none"))
+    elif config.train.device != "cpu" and gpus and local > gpus:
+        problems.append(Problem("launch.nproc_per_node", local, f"must be <= the {gpus} GPUs of this machine, or train.device=cpu"))
     if problems:
         raise ConfigError(problems)
     return config
@@ -93,6 +96,8 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
                 raise ConfigError(_message(error)) from error
             job({"loss": {}, **plain})  # type: ignore[dict-item]
         except MoetrainError as error:
+            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
+                raise  # this process is a job of another launcher, which tells its own process
             failures.append((OmegaConf.to_container(HydraConfig.get().overrides.task), error))
 
     failures: list[tuple[Any, MoetrainError]] = []

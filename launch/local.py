@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import dump, load
+from moetrain.data import PreparedData
 from moetrain.errors import ConfigError, MoetrainError
 from moetrain.launch.compose import build_config
 from moetrain.launch.runs import check_compatible, check_resume, config_hash, open_run, resolve_run_dir
-from moetrain.launch.signals import stop_on_signals
+from moetrain.launch.signals import StopRequest, stop_on_signals
 from moetrain.parallel.ranks import Ranks
 from moetrain.train.settings import Config
 
@@ -45,6 +46,7 @@ def train(plain: dict[str, Any]) -> dict[str, Any]:
     Everything that the user can have got wrong is checked, and the data prepared, before any process starts.
     """
     config = build_config(plain)
+    config.data = config.data.located()
     if "RANK" in os.environ:
         return train_under_torchrun(config)
     if config.launch.nnodes > 1:
@@ -55,15 +57,15 @@ def train(plain: dict[str, Any]) -> dict[str, Any]:
     run_dir = resolve_run_dir(config)
     check_resume(config, run_dir)
     check_compatible(config, run_dir)
-    prepare_data(config)
+    data = prepare_data(config)
     open_run(config, run_dir)
     if config.launch.nproc_per_node == 1:
         with stop_on_signals() as stop:
-            return run_rank(config, Ranks(), run_dir, stop)
-    return start_workers(config, run_dir)
+            return run_rank(config, Ranks(), run_dir, data, stop)
+    return start_workers(config, run_dir, data)
 
 
-def prepare_data(config: Config) -> None:
+def prepare_data(config: Config) -> PreparedData:
     """Prepare the data, with a message if that takes work, and refuse a vocabulary that does not fit."""
     from moetrain.data import prepare
     from moetrain.train.run import check_vocabulary
@@ -75,10 +77,12 @@ def prepare_data(config: Config) -> None:
             shown.add(stage)
             print(f"preparing the data: {stage}", flush=True)
 
-    check_vocabulary(config, prepare(config.data, progress=progress))
+    data = prepare(config.data, progress=progress)
+    check_vocabulary(config, data)
+    return data
 
 
-def run_rank(config: Config, ranks: Ranks, run_dir: Path, stop: Any) -> dict[str, Any]:
+def run_rank(config: Config, ranks: Ranks, run_dir: Path, data: PreparedData, stop: StopRequest) -> dict[str, Any]:
     """run_training on this rank, with its threads and device set."""
     from moetrain.train.run import run_training
 
@@ -87,7 +91,7 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, stop: Any) -> dict[str
     device = ranks.device(config.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return run_training(config, ranks, run_dir, stop=stop)
+    return run_training(config, ranks, run_dir, data=data, stop=stop)
 
 
 def available_cores() -> int:
@@ -112,7 +116,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def worker(plain: dict[str, Any], run_dir: str, errors: str, launcher: int) -> dict[str, Any]:
+def worker(plain: dict[str, Any], run_dir: str, data: str, errors: str, launcher: int) -> dict[str, Any]:
     """One rank started by :func:`start_workers`. What goes wrong is left in the folder ``errors`` for the launcher."""
     die_with_parent()
     if os.getppid() != launcher:
@@ -124,7 +128,7 @@ def worker(plain: dict[str, Any], run_dir: str, errors: str, launcher: int) -> d
         try:
             config = load(Config, plain)
             join_group(config, ranks)
-            result = run_rank(config, ranks, Path(run_dir), stop)
+            result = run_rank(config, ranks, Path(run_dir), PreparedData(Path(data)), stop)
             dist.destroy_process_group()
             return result
         except MoetrainError as error:
@@ -142,7 +146,7 @@ def leave_report(errors: Path, rank: int, message: str, exit_code: int) -> NoRet
     sys.exit(exit_code)
 
 
-def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
+def start_workers(config: Config, run_dir: Path, data: PreparedData) -> dict[str, Any]:
     """Run all ranks of this machine as child processes and wait for them. Raises ReportedError with the first failure."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -153,11 +157,13 @@ def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
 
     def forward(number: int) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None and child.is_alive():
-                os.kill(child.pid, number)
+        children = [child.pid for child in multiprocessing.active_children() if child.pid is not None and child.is_alive()]
+        if not children:
+            raise ReportedError("stopped before training began", 128 + number)
+        for pid in children:
+            os.kill(pid, number)
 
-    with tempfile.TemporaryDirectory(prefix="moetrain-") as scratch, stop_on_signals(forward):
+    with tempfile.TemporaryDirectory(prefix="moetrain-") as scratch, stop_on_signals(forward) as stop:
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -172,8 +178,11 @@ def start_workers(config: Config, run_dir: Path) -> dict[str, Any]:
             signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: workers finish their step
         )
         try:
-            results = elastic_launch(launch, worker)(dump(config), str(run_dir), scratch, os.getpid())
+            results = elastic_launch(launch, worker)(dump(config), str(run_dir), str(data.folder), scratch, os.getpid())
         except ChildFailedError as error:
+            if stop.requested and error.get_first_failure()[1].exitcode == -stop.requested:
+                # the signal came while workers were starting and had no handler yet
+                raise ReportedError("stopped before training began", 128 + stop.requested) from error
             raise describe_failure(error, Path(scratch)) from error
     return results[0]
 
@@ -196,7 +205,7 @@ def describe_failure(error: Any, scratch: Path) -> ReportedError:
 def train_under_torchrun(config: Config) -> dict[str, Any]:
     """This process is one of torchrun's workers: rank 0's configuration and run folder hold for all."""
     ranks = Ranks.detect()
-    prepare_data(config)  # behind a lock: one rank of a machine works, the others find the result
+    data = prepare_data(config)  # behind a lock: one rank of a machine works, the others find the result
     with stop_on_signals() as stop:
         join_group(config, ranks)
         decision: list[Any] = [None]
@@ -213,12 +222,12 @@ def train_under_torchrun(config: Config) -> dict[str, Any]:
             raise ReportedError(decision[0]["error"], decision[0]["exit_code"])
         theirs = load(Config, decision[0]["config"])
         hashes: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(hashes, config_hash(config))
+        dist.all_gather_object(hashes, (config_hash(config), data.content_hash))
         different = [str(rank) for rank, value in enumerate(hashes) if value != hashes[0]]
         if different:
-            raise ReportedError(f"started with another configuration than rank 0: rank {', '.join(different)}", 2)
+            raise ReportedError(f"started with another configuration or other data than rank 0: rank {', '.join(different)}", 2)
         try:
-            result = run_rank(theirs, ranks, Path(decision[0]["run_dir"]), stop)
+            result = run_rank(theirs, ranks, Path(decision[0]["run_dir"]), data, stop)
         except MoetrainError as error:
             if ranks.local_rank:  # may have happened on this rank alone; the first of each machine prints its own
                 print(f"moetrain: error on rank {ranks.rank}: {error}", file=sys.stderr, flush=True)

@@ -15,14 +15,16 @@ from typing import Any
 import xxhash
 
 from moetrain.config import dump
-from moetrain.errors import CheckpointError, ConfigError, Problem, StorageError
+from moetrain.errors import CheckpointError, ConfigError, Problem
+from moetrain.storage import replace, storage_errors
 from moetrain.train.settings import Config
 
 MAY_CHANGE = (
-    "run", "launch", "parallel", "logging", "metrics", "checkpoint", "schedule", "optim.lr", "train.steps", "train.recompute",
+    "run", "launch", "parallel", "logging", "metrics", "checkpoint", "schedule", "optim.lr", "data.path", "train.steps", "train.recompute",
     "train.micro_batch_size", "train.threads", "train.device", "train.max_skipped_steps",
 )  # fmt: skip
-"""Dotted names that a continued run may change: they alter speed, length or learning rate, not what is learnt from what."""
+"""Dotted names that a continued run may change: they alter speed, length or learning rate, not what is learnt from what.
+The data may lie elsewhere, but must be the same: its content hash is in the checkpoint."""
 
 NOT_IN_NAME = ("run", "checkpoint", "logging", "metrics")
 
@@ -108,15 +110,13 @@ def open_run(config: Config, run_dir: Path) -> None:
     import yaml
 
     changes = [change for change in check_compatible(config, run_dir) if not change[0].startswith("run.")]
-    try:
+    with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         if changes:
             with (run_dir / "config_changes.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps([{"field": name, "old": old, "new": new} for name, old, new in changes]) + "\n")
-        _replace(run_dir / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
-        _replace(run_dir / "environment.json", json.dumps(environment(), indent=1))
-    except OSError as error:
-        raise StorageError(f"cannot write {error.filename or run_dir}: {error.strerror}") from error
+        replace(run_dir / "config.yaml", yaml.safe_dump(dump(config), sort_keys=False))
+        replace(run_dir / "environment.json", json.dumps(environment(), indent=1))
 
 
 def environment() -> dict[str, Any]:
@@ -144,12 +144,3 @@ def _git_commit() -> str | None:
         return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -96,14 +96,20 @@ def train(arguments: list[str]) -> int:
 
 def show_result(result: dict[str, Any], prompt: str | None) -> None:
     """The end of a finished run: held-out loss, a sample of text, the run folder."""
+    import torch
+
     print(f"done: {result['step']} steps" + (f", held-out loss {result['eval_loss']:.4f}" if "eval_loss" in result else ""))
+    print(f"run folder: {result['run_dir']}", flush=True)
     if prompt:
         from moetrain.inference.generate import GenerateSettings
         from moetrain.inference.generate import main as sample
 
-        written = sample(GenerateSettings(run=result["run_dir"], prompt=prompt))
-        print(f"sample:\n{written['prompt']}{written['text']}")
-    print(f"run folder: {result['run_dir']}", flush=True)
+        try:
+            written = sample(GenerateSettings(run=result["run_dir"], prompt=prompt))
+        except (MoetrainError, torch.OutOfMemoryError) as error:  # the run itself is complete
+            print(f"no sample (logging.sample_prompt): {error}", file=sys.stderr)
+        else:
+            print(f"sample:\n{written['prompt']}{written['text']}", flush=True)
 
 
 def prepare(arguments: list[str]) -> int:
@@ -185,14 +191,14 @@ def list_components(arguments: list[str]) -> int:
 
     groups = [*registry.groups(), "experiment"]
     wanted = groups
-    if len(arguments) == 2:
-        return describe_component(*arguments)
     if arguments:
         irregular = {"losses": "loss", "capacities": "capacity", "expert": "experts"}
         singular = {**{g: g for g in groups}, **{f"{g}s": g for g in groups}, **irregular}
         if arguments[0] not in singular:
             raise ConfigError(f"no group {arguments[0]!r}; groups: {', '.join(groups)}")
         wanted = [singular[arguments[0]]]
+    if len(arguments) == 2:
+        return describe_component(wanted[0], arguments[1])
     console = Console(width=None if sys.stdout.isatty() else 160)
     for group in wanted:
         table = Table(title=group, title_justify="left", box=None, padding=(0, 2))

@@ -5,7 +5,6 @@ An entry is built in a folder beside its place and appears by rename, so a half-
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -14,10 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moetrain.errors import DataError, StorageError
-
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-
+from moetrain.errors import DataError
+from moetrain.storage import sync
 
 CHUNK_BYTES = 1 << 24
 """Read at a time from a file that may not fit in memory."""
@@ -46,30 +43,11 @@ def new_entry(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _sync_folder(temporary)
+        sync(temporary)
         temporary.rename(folder)
-        _sync_folder(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a whole file, on disk when this returns."""
-    with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a disk that refuses to be written (full, read-only, not ours) into StorageError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _REFUSED:
-            raise StorageError(f"cannot write {path}: {error.strerror} (MOETRAIN_CACHE sets the cache's place)") from error
-        raise
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
@@ -86,11 +64,3 @@ def hash_file(digest: Any, path: Path) -> None:
     """Update an ``xxhash`` digest with the content of a file. Raises DataError if it cannot be read."""
     for chunk in file_chunks(path):
         digest.update(chunk)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

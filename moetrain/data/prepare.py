@@ -18,11 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from moetrain.data.cache import cache_dir, hash_file, locked, new_entry, storage_errors, write
+from moetrain.data.cache import cache_dir, hash_file, locked, new_entry
 from moetrain.data.prepared import PreparedData
-from moetrain.data.sources import DataConfig, read_text
+from moetrain.data.sources import TRAINED, DataConfig, read_text
 from moetrain.data.tokenizers import ByteTokenizer, Tokenizer, from_definition, train_bpe
-from moetrain.errors import DataError
+from moetrain.errors import ConfigError, DataError, Problem
+from moetrain.storage import storage_errors, write
 
 Progress = Callable[[str, int, int | None], None]
 FORMAT = 2
@@ -42,11 +43,14 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     missing, empty or unreadable data, StorageError if the cache cannot be written.
     """
     report = progress or _silent
+    if config.tokenizer not in TRAINED and not Path(config.tokenizer).expanduser().is_file():
+        expected = "must be bpe, bytes, or the path of an existing tokenizer.json"
+        raise ConfigError([Problem("data.tokenizer", config.tokenizer, expected)])
     files = config.files()
     key = content_key(config, files, report)
     folder = cache_dir() / "data" / key
     if not folder.exists():
-        with storage_errors(folder), locked(key):
+        with storage_errors(folder, hint=" (MOETRAIN_CACHE sets the cache's place)"), locked(key):
             if not folder.exists():
                 _build(config, files, folder, report)
     return PreparedData(folder)
@@ -60,7 +64,7 @@ def content_key(config: DataConfig, files: Sequence[Path], report: Progress = _s
     """Hash of everything that decides what the token files hold; where the files lie and how they are called does not."""
     digest = xxhash.xxh3_128()
     fields: dict[str, Any] = {name: value for name, value in vars(config).items() if name not in NOT_IN_KEY}
-    fields["tokenizer"] = config.tokenizer if config.tokenizer in ("bpe", "bytes") else "file"
+    fields["tokenizer"] = config.tokenizer if config.tokenizer in TRAINED else "file"
     fields["vocab_size"] = config.vocab_size if config.tokenizer == "bpe" else None
     digest.update(json.dumps([FORMAT, config.kind, fields], sort_keys=True).encode())
     if fields["tokenizer"] == "file":

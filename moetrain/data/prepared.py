@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from moetrain.data.cache import write
 from moetrain.data.tokenizers import Tokenizer, load_tokenizer
 from moetrain.errors import DataError
+from moetrain.storage import replace, storage_errors
 
 
 @dataclass
@@ -63,6 +63,5 @@ class PreparedData:
         """Copy the tokenizer's definition into a run folder, so that the run does not depend on the cache."""
         target = folder / "tokenizer.json"
         if not target.exists():
-            partial = target.with_suffix(".partial")
-            write(partial, (self.folder / "tokenizer.json").read_bytes())
-            partial.replace(target)  # a killed run never leaves half a tokenizer
+            with storage_errors(target):
+                replace(target, (self.folder / "tokenizer.json").read_bytes())

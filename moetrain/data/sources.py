@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import glob
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import xxhash
 
 from moetrain.config import Component, setting
 from moetrain.data.cache import cache_dir, file_chunks, hash_file
-from moetrain.errors import DataError, Problem
+from moetrain.errors import DataError
 from moetrain.registry import register
+
+TRAINED = ("bpe", "bytes")
+"""Tokenizers that need no file."""
 
 
 @dataclass(kw_only=True)
@@ -30,9 +34,11 @@ class DataConfig(Component):
     mask_documents: bool = setting(False, doc="attention does not cross document boundaries")
     max_documents: int | None = setting(None, doc="read at most this many documents", ge=1)
 
-    def problems(self, path: str) -> Iterable[Problem]:
-        if self.tokenizer not in ("bpe", "bytes") and not Path(self.tokenizer).expanduser().is_file():
-            yield Problem(f"{path}.tokenizer", self.tokenizer, "must be bpe, bytes, or the path of an existing tokenizer.json")
+    def located(self) -> Self:
+        """The same source by absolute paths, so that it is found from any working directory."""
+        names = [name for name in ("path", "tokenizer") if getattr(self, name, "") not in ("", *TRAINED)]
+        absolute: dict[str, Any] = {name: str(Path(getattr(self, name)).expanduser().absolute()) for name in names}
+        return dataclasses.replace(self, **absolute)
 
     def files(self) -> list[Path]:
         """The files that documents are read from, in a stable order. Raises DataError if there are none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class GenerateSettings:
     temperature: float = setting(0.8, doc="divides the logits; 0 takes the likeliest token", ge=0)
     top_k: int | None = setting(40, doc="sample among this many likeliest tokens; null: all", ge=1)
     seed: int = setting(0, doc="seed of the sampling", ge=0)
-    device: str = setting("auto", doc="auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto takes a GPU if there is one")
 
 
 def main(settings: GenerateSettings) -> dict[str, Any]:

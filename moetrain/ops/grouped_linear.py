@@ -34,6 +34,8 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         x, weight, counts = ctx.saved_tensors
+        if not x.shape[0]:  # contiguous() leaves the strides of an empty expanded gradient as they are
+            return torch.zeros_like(x), torch.zeros_like(weight), None
         grad = grad.contiguous()  # an expanded gradient has strides that grouped_mm refuses
         grad_x = _rows_times(grad, weight, counts) if ctx.needs_input_grad[0] else None
         grad_weight = _outer(grad, x, counts) if ctx.needs_input_grad[1] else None

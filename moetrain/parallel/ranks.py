@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moetrain.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -35,7 +37,11 @@ class Ranks:
         )
 
     def device(self, choice: str = "auto") -> torch.device:
-        """The device of this rank. choice: auto, cpu or cuda."""
+        """The device of this rank. choice: auto, cpu or cuda. Raises ConfigError if that GPU is not there."""
         if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
             return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device = {choice}: rank {self.rank} needs GPU {self.local_rank} of this machine, which has {torch.cuda.device_count()}"
+            )
         return torch.device("cuda", self.local_rank)

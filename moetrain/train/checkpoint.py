@@ -11,7 +11,6 @@ folder ``step-<step>`` is complete. DCP itself loads damaged bytes without an er
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -42,6 +41,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moetrain.errors import CheckpointError, MoetrainError, StorageError
+from moetrain.storage import storage_errors, sync
 from moetrain.train import faults
 
 T = TypeVar("T")
@@ -52,7 +52,6 @@ INDEX = ".metadata"
 """DCP's own index, a pickle: never opened before its hash has been checked."""
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 _READ_BYTES = 4 << 20
 
 log = logging.getLogger(__name__)
@@ -145,7 +144,7 @@ class Checkpointer:
             self.close()
 
     def _open(self) -> None:
-        with _storage_errors(self.folder):
+        with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(self.folder)
             for path in self.folder.glob(".step-*"):
@@ -157,7 +156,7 @@ class Checkpointer:
 
     def _begin(self, step: int, info: Mapping[str, Any]) -> _Draft:
         draft = _Draft(step, self.folder / f".{_name(step)}.{uuid.uuid4().hex}", json.dumps(info))
-        with _storage_errors(self.folder):
+        with storage_errors(self.folder):
             draft.folder.mkdir()
         return draft
 
@@ -168,7 +167,7 @@ class Checkpointer:
                 metadata = dcp.save(dict(tensors), storage_writer=_Writer(draft), process_group=self._team.group)
         except CheckpointException as error:
             raise _cause(error) from error
-        with _storage_errors(draft.folder):
+        with storage_errors(draft.folder):
             return list(_chunks(draft.folder, metadata, prefix=f"__{self._team.rank}_"))
 
     def _commit(self, draft: _Draft, written: Callable[[], list[_Chunk]]) -> None:
@@ -183,14 +182,14 @@ class Checkpointer:
     def _publish(self, draft: _Draft, chunks: list[_Chunk]) -> None:
         final = self.folder / _name(draft.step)
         replaced = self.folder / f".{final.name}.replaced"
-        with _storage_errors(self.folder):
+        with storage_errors(self.folder):
             faults.point("ckpt.manifest", draft.step)
             _write_manifest(draft, chunks, self._team.size)
             faults.point("ckpt.rename", draft.step)
             if final.exists():
                 final.rename(replaced)
             draft.folder.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
             earlier = [path for step, path in _complete(self.folder) if step <= draft.step]
             for path in earlier[: -self.keep]:
@@ -301,13 +300,13 @@ class _Writer(dcp.FileSystemWriter):
         self._draft = draft
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        with _storage_errors(self._draft.folder):
+        with storage_errors(self._draft.folder):
             results = super().write_data(plan, planner)
         faults.point("ckpt.shard", self._draft.step)
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with _storage_errors(self._draft.folder):
+        with storage_errors(self._draft.folder):
             super().finish(metadata, results)
 
 
@@ -376,23 +375,6 @@ def _cause(error: CheckpointException) -> Exception:
         if isinstance(cause, StorageError):
             return cause
     return RuntimeError(str(error))
-
-
-@contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    """Turns a disk that refuses a write into StorageError.
-
-    torch's zip writer fails over it with an error of its own, so the refusal may be anywhere in the chain.
-    """
-    try:
-        yield
-    except Exception as error:
-        link: BaseException | None = error
-        while link is not None:
-            if isinstance(link, OSError) and link.errno in _REFUSED:
-                raise StorageError(f"cannot write {link.filename or folder}: {link.strerror}") from error
-            link = link.__cause__ or link.__context__
-        raise
 
 
 @contextmanager
@@ -472,14 +454,6 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
     return complete
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _hash(data: Iterable[bytes]) -> str:
     import xxhash
 
@@ -540,7 +514,7 @@ def _write_manifest(draft: _Draft, chunks: list[_Chunk], world_size: int) -> Non
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(draft.folder)
+    sync(draft.folder)
 
 
 def _manifest_hash(manifest: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moetrain.config import setting
 from moetrain.data import PackedSequences, prepare
@@ -21,7 +21,7 @@ class EvaluateSettings:
 
     run: str = setting(doc="run folder or checkpoint")
     batches: int | None = setting(None, doc="held-out batches of train.global_batch_size sequences; default: all", ge=1)
-    device: str = setting("auto", doc="auto, cpu or cuda")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto takes a GPU if there is one")
 
 
 def main(settings: EvaluateSettings) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from moetrain.errors import StorageError
+from moetrain.storage import replace, storage_errors
 from moetrain.train.settings import LoggingSection
 
 log = logging.getLogger(__name__)
@@ -47,17 +47,19 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self.path = path
-        if path.exists():
-            keep_until(path, resumed_step)
-        self.file = path.open("a", encoding="utf-8")
+        with storage_errors(path):
+            if path.exists():
+                keep_until(path, resumed_step)
+            self.file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; floats keep full precision. Raises StorageError if the disk refuses it."""
-        try:
-            self.file.write(json.dumps(line) + "\n")
+        """Append one line; floats keep full precision, NaN and infinities (of a skipped step) become null.
+
+        Raises StorageError if the disk refuses it.
+        """
+        with storage_errors(self.path):
+            self.file.write(json.dumps(finite(line), allow_nan=False) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         try:
@@ -69,12 +71,7 @@ class MetricsFile:
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines of a metrics file after ``step``, and a last line that was cut short."""
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:
@@ -82,6 +79,15 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return float("inf")
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with null for every number that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return value
 
 
 def flatten(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -109,8 +115,8 @@ class Recorder:
             self._each(lambda sink: sink.write(line["step"], flat))
 
     def close(self) -> None:
-        self.file.close()
         self._each(lambda sink: sink.close())
+        self.file.close()
 
     def _each(self, action: Callable[[Sink], None]) -> None:
         for sink in list(self.sinks):

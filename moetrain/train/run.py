@@ -34,13 +34,16 @@ log = logging.getLogger(__name__)
 Stop = Callable[[], int | None]
 
 
-def run_training(config: Config, ranks: Ranks, run_dir: Path, *, stop: Stop = lambda: None) -> dict[str, Any]:
+def run_training(
+    config: Config, ranks: Ranks, run_dir: Path, *, data: PreparedData | None = None, stop: Stop = lambda: None
+) -> dict[str, Any]:
     """Train until ``train.steps``, or until ``stop()`` returns a signal number on any rank.
 
-    The process group must exist if there are several ranks. Returns the status ("complete" or "interrupted"), the
-    last step, the signal and, on completion, the held-out loss.
+    data: what ``prepare(config.data)`` gave, if the caller has it already. The process group must exist if there are
+    several ranks. Returns the status ("complete" or "interrupted"), the last step, the signal and, on completion, the
+    held-out loss.
     """
-    trainer = Trainer.start(config, ranks, run_dir)
+    trainer = Trainer.start(config, ranks, run_dir, data or prepare(config.data))
     with trainer:
         trainer.resume()
         while trainer.progress.step < config.train.steps:
@@ -81,9 +84,8 @@ class Trainer:
     saved_step: int = -1
 
     @classmethod
-    def start(cls, config: Config, ranks: Ranks, run_dir: Path) -> Trainer:
-        """Open the data, build and place the model, allocate the optimizer."""
-        data = prepare(config.data)
+    def start(cls, config: Config, ranks: Ranks, run_dir: Path, data: PreparedData) -> Trainer:
+        """Build and place the model, allocate the optimizer."""
         check_vocabulary(config, data)
         device = ranks.device(config.train.device)
         micro = config.micro_batch_size(ranks.world_size)

@@ -35,6 +35,9 @@ def test_overview_help_and_version(capsys):
         (["parallel=single", "launch.nproc_per_node=2"], "parallel = 'single'"),
         (["train.steps=[1"], "[1"),
         (["loss=null"], "list"),
+        (["router=longcat", "loss=[device_balance]", "loss.device_balance.num_devices=4"], "router.num_zero_experts=0"),
+        (["capacity=slots", "capacity.scope=rank", "capacity.num_groups=7"], "capacity.num_groups = 7: must divide"),
+        (["data.tokenizer=missing.json"], "data.tokenizer = "),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(overrides, expected, capsys, tmp_path, monkeypatch):
@@ -72,6 +75,8 @@ def test_list(capsys):
     assert main(["list", "routers"]) == 0
     out = capsys.readouterr().out
     assert "topk" in out and "deepseek_v3" in out
+    assert main(["list", "routers", "topk"]) == 0 and "top_k" in capsys.readouterr().out
+    assert main(["list", "router", "mixtral"]) == 0 and "renormalise: true" in capsys.readouterr().out
     assert main(["list", "nothing"]) == 2
 
 
@@ -93,6 +98,8 @@ def test_evaluate_and_generate(workspace):
     first, second = (moetrain("generate", "run=reference", "prompt=7 times ", "max_new_tokens=12", folder=workspace) for _ in range(2))
     assert first.returncode == 0 and first.stdout.startswith("7 times ")
     assert first.stdout == second.stdout
+    device = moetrain("generate", "run=reference", "prompt=x", "device=banana", folder=workspace)
+    assert device.returncode == 2 and "device = 'banana'" in device.stderr
     missing = moetrain("generate", "run=nowhere", "prompt=x", folder=workspace)
     assert missing.returncode == 2 and "nowhere" in missing.stderr
 

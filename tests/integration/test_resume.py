@@ -84,8 +84,6 @@ def test_kill_the_launcher_leaves_no_orphans_and_the_run_continues(workspace):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(workspace, number, code, ranks):
-    if ranks == 2 and number == signal.SIGTERM:
-        pytest.skip("covered by SIGINT and SIGUSR1: the launcher forwards all three alike")
     name = f"signal-{number}-{ranks}"
     # no checkpoint is due before the end: the one that is found was written because of the signal
     extra = [f"launch.nproc_per_node={ranks}", "train.steps=2000", "checkpoint.every_steps=5000", f"run.dir={name}"]
@@ -142,6 +140,31 @@ def test_resume_with_another_model_is_refused(workspace):
     refused = moetrain("train", *TINY, "run.dir=reference", "model.hidden_size=32", "train.seed=5", folder=workspace)
     assert refused.returncode == 2
     assert "model.hidden_size = 32" in refused.stderr and "train.seed = 5" in refused.stderr and "16" in refused.stderr
+
+
+def test_resume_with_other_data_of_the_same_name_is_refused(workspace):
+    (workspace / "changing.txt").write_text((workspace / "text.txt").read_text())
+    extra = ["data.path=changing.txt", "run.dir=changing", "train.steps=2"]
+    assert moetrain("train", *TINY, *extra, folder=workspace).returncode == 0
+    (workspace / "changing.txt").write_text((workspace / "text.txt").read_text() + "\n\nand one more line.")
+    refused = moetrain("train", *TINY, *extra[:2], folder=workspace)
+    assert refused.returncode == 2 and "was trained on other data" in refused.stderr
+    assert [line["step"] for line in lines(workspace / "changing")] == [1, 2]
+
+
+def test_a_run_is_evaluated_from_another_working_directory(workspace, reference, tmp_path):
+    evaluated = moetrain("evaluate", f"run={workspace / 'reference'}", folder=tmp_path, MOETRAIN_CACHE=str(workspace / "cache"))
+    assert evaluated.returncode == 0 and "perplexity" in evaluated.stdout, evaluated.stderr
+
+
+def test_a_signal_before_the_workers_are_there_is_not_lost(workspace):
+    running = start(*EP, "train.steps=100000", "run.dir=early", folder=workspace)
+    deadline = time.monotonic() + 60
+    while not (workspace / "early" / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    stdout, stderr = running.communicate(timeout=60)
+    assert running.returncode == 143, stderr
 
 
 def test_start_from_another_runs_weights(workspace, reference):

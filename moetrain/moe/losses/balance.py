@@ -118,7 +118,7 @@ class DeviceBalanceConfig(Component):
     scope: BalanceScope = setting("sequence", doc=_SCOPE_DOC)
 
     def check(self, path: str, *, num_experts: int, router: Any) -> Iterable[Problem]:
-        yield from _divides(f"{path}.num_devices", self.num_devices, num_experts)
+        yield from _fits(f"{path}.num_devices", self.num_devices, num_experts, router)
 
     def build(self) -> DeviceBalance:
         return DeviceBalance(self)
@@ -149,7 +149,7 @@ class CommunicationBalanceConfig(Component):
     scope: BalanceScope = setting("sequence", doc=_SCOPE_DOC)
 
     def check(self, path: str, *, num_experts: int, router: Any) -> Iterable[Problem]:
-        yield from _divides(f"{path}.num_devices", self.num_devices, num_experts)
+        yield from _fits(f"{path}.num_devices", self.num_devices, num_experts, router)
 
     def build(self) -> CommunicationBalance:
         return CommunicationBalance(self)
@@ -179,6 +179,8 @@ class CommunicationBalance(Loss):
         return reached[:, :devices].view(num_groups, -1, devices).sum(1)
 
 
-def _divides(field: str, value: int, num_experts: int) -> Iterable[Problem]:
+def _fits(field: str, value: int, num_experts: int, router: Any) -> Iterable[Problem]:
     if num_experts % value:
         yield Problem(field, value, f"must divide the {num_experts} experts")
+    if getattr(router, "num_zero_experts", 0):
+        yield Problem(field, value, "needs router.num_zero_experts=0: zero-computation experts are on no device")

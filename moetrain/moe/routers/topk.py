@@ -22,6 +22,9 @@ from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
 from moetrain.registry import register
 
+LINEAR_BELOW = -40.0
+"""log(softplus(z)) is z to double precision from here on."""
+
 Score = Literal["softmax", "sigmoid", "sqrt_softplus", "logit"]
 
 
@@ -135,7 +138,7 @@ def score(logits: Tensor, kind: Score) -> Tensor:
     if kind == "sigmoid":
         return torch.sigmoid(logits)
     if kind == "sqrt_softplus":
-        return F.softplus(logits).sqrt()
+        return log_sqrt_softplus(logits).exp()
     return logits
 
 
@@ -147,10 +150,13 @@ def distribution(logits: Tensor, kind: Score) -> Tensor:
     if kind == "sigmoid":
         return torch.softmax(F.logsigmoid(logits), dim=1)
     if kind == "sqrt_softplus":
-        # softplus(z) -> exp(z) far below zero, where its logarithm is z
-        log = torch.where(logits < -15, logits, F.softplus(logits.clamp_min(-15)).log())
-        return torch.softmax(0.5 * log, dim=1)
+        return torch.softmax(log_sqrt_softplus(logits), dim=1)
     return torch.softmax(logits, dim=1)
+
+
+def log_sqrt_softplus(logits: Tensor) -> Tensor:
+    """log(sqrt(softplus(z))), finite with its gradient for any z: far below zero softplus(z) is exp(z)."""
+    return 0.5 * torch.where(logits < LINEAR_BELOW, logits, F.softplus(logits.clamp_min(LINEAR_BELOW)).log())
 
 
 def limit_groups(scores: Tensor, num_groups: int, keep: int, best: int) -> Tensor:

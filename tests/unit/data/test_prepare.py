@@ -178,7 +178,7 @@ def test_files_that_change_meanwhile_are_not_cached(tmp_path: Path, cache: Path)
 def test_saved_tokenizer_is_whole(tmp_path: Path) -> None:
     data = prepare(by_line(tmp_path, tokenizer="bpe"))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tokenizer.partial").write_text("left by a killed run")
+    (tmp_path / "run" / ".tokenizer.json.tmp").write_text("left by a killed run")
     data.save_tokenizer(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
     saved = (tmp_path / "run" / "tokenizer.json").read_bytes()

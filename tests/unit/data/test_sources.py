@@ -9,6 +9,7 @@ import pytest
 
 from moetrain import registry
 from moetrain.config import dump, load
+from moetrain.data import prepare
 from moetrain.data.sources import ArrowConfig, DataConfig, JsonConfig, ParquetConfig, StdlibConfig, TextConfig, check_text, read_text
 from moetrain.errors import ConfigError, DataError
 
@@ -31,13 +32,24 @@ def test_registered_kinds_load_from_plain_dictionaries() -> None:
         ("eval_fraction", 1.0),
         ("eval_fraction", -0.1),
         ("vocab_size", 100),
-        ("tokenizer", "missing.json"),
         ("max_documents", 0),
     ],
 )
 def test_bad_settings_name_the_field(setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"data\.{setting} = "):
         load(StdlibConfig, {setting: value}, path="data")
+
+
+def test_a_missing_tokenizer_is_refused_when_the_data_is_prepared() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = 'missing.json'"):
+        prepare(StdlibConfig(tokenizer="missing.json"))
+
+
+def test_located_sources_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TextConfig(path="corpus/*.txt", tokenizer="tok.json").located()
+    assert (config.path, config.tokenizer) == (str(tmp_path / "corpus/*.txt"), str(tmp_path / "tok.json"))
+    assert StdlibConfig().located() == StdlibConfig() and config.located() == config
 
 
 def test_stdlib_files_are_sources_without_tests() -> None:

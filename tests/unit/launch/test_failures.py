@@ -45,15 +45,16 @@ def test_interrupted_at_once_has_the_exit_code_of_ctrl_c(tmp_path):
 
 
 def test_a_failing_worker_leaves_its_own_traceback(tmp_path, monkeypatch):
-    def run_rank(config, ranks, run_dir, stop):
+    def run_rank(config, ranks, run_dir, data, stop):
         raise RuntimeError("the experts are on strike")
 
     monkeypatch.setattr(local, "load", lambda cls, plain: None)
     monkeypatch.setattr(local, "join_group", lambda config, ranks: None)
     monkeypatch.setattr(local, "die_with_parent", lambda: None)
     monkeypatch.setattr(local, "run_rank", run_rank)
+    monkeypatch.setattr(local, "PreparedData", lambda folder: None)
     with pytest.raises(SystemExit) as caught:
-        local.worker({}, str(tmp_path), str(tmp_path), os.getppid())
+        local.worker({}, str(tmp_path), str(tmp_path), str(tmp_path), os.getppid())
     assert caught.value.code == 1
     message = str(describe_failure(child_failed(0, 1), tmp_path))
     assert "rank 0 failed" in message and "in run_rank" in message and "the experts are on strike" in message
@@ -69,18 +70,19 @@ def under_torchrun(tmp_path, program):
 
 FAKE_TRAINING = """
     import os, sys
+    from types import SimpleNamespace
     import moetrain.launch.local as local
     from moetrain.cli import main
     from moetrain.errors import StorageError
 
-    local.prepare_data = lambda config: None
+    local.prepare_data = lambda config: SimpleNamespace(content_hash="the same")
     rank = int(os.environ["RANK"])
 """
 
 
 def test_a_sweep_under_torchrun_does_not_hang_at_its_second_job_and_no_rank_fails_silently(tmp_path):
     program = """
-    def run_rank(config, ranks, run_dir, stop):
+    def run_rank(config, ranks, run_dir, data, stop):
         import torch
         total = torch.ones(())
         torch.distributed.all_reduce(total)
@@ -99,4 +101,4 @@ def test_a_sweep_under_torchrun_does_not_hang_at_its_second_job_and_no_rank_fail
 def test_a_rank_with_another_configuration_is_named(tmp_path):
     done = under_torchrun(tmp_path, FAKE_TRAINING + '    sys.exit(main(["train", f"train.seed={rank}"]))\n')
     assert done.returncode != 0
-    assert done.stderr.count("started with another configuration than rank 0: rank 1") == 1
+    assert done.stderr.count("started with another configuration or other data than rank 0: rank 1") == 1

@@ -18,7 +18,7 @@ def trained(monkeypatch):
     """Calls of run_training; data preparation succeeds at once."""
     calls = []
 
-    def run_training(config, ranks, run_dir, *, stop):
+    def run_training(config, ranks, run_dir, *, data, stop):
         calls.append((config, ranks, run_dir, sorted(p.name for p in run_dir.iterdir()), torch.get_num_threads()))
         return {"status": "complete", "step": config.train.steps, "run_dir": str(run_dir)}
 
@@ -80,7 +80,7 @@ def test_a_run_that_is_not_this_one_is_refused_before_data_is_prepared(compose, 
 
 
 def test_a_signal_reaches_training_through_stop(compose, trained, in_tmp, monkeypatch):
-    def run_training(config, ranks, run_dir, *, stop):
+    def run_training(config, ranks, run_dir, *, data, stop):
         assert stop() is None
         os.kill(os.getpid(), signal.SIGUSR1)
         return {"status": "interrupted", "signal": stop()}
@@ -90,7 +90,7 @@ def test_a_signal_reaches_training_through_stop(compose, trained, in_tmp, monkey
 
 
 def test_an_error_of_training_keeps_its_exit_code(compose, trained, in_tmp, monkeypatch):
-    def run_training(config, ranks, run_dir, *, stop):
+    def run_training(config, ranks, run_dir, *, data, stop):
         raise TrainingError("diverged")
 
     monkeypatch.setattr(moetrain.train.run, "run_training", run_training)

@@ -214,3 +214,9 @@ def test_nothing_exceeds_a_device_in_evaluation() -> None:
 def test_the_budget_needs_equal_devices() -> None:
     (problem,) = DeviceBudgetConfig(num_devices=3).check("capacity", num_experts=E, router=None)
     assert problem.field == "capacity.num_devices" and "divide the 5 experts" in problem.expected
+
+
+def test_decoding_one_token_with_groups_of_a_rank_drops_nothing():
+    routing = fixed_routing(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]]), num_experts=E)
+    policy = SlotsConfig(scope="rank", num_groups=2).build()
+    assert policy(routing, context(1, 1, training=False)).dispatched.sum() == 2

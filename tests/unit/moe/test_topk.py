@@ -225,3 +225,11 @@ def test_settings_that_contradict_each_other_are_refused(data: dict[str, Any], m
 def test_settings_that_do_not_fit_the_experts_are_named(settings: dict[str, Any], field: str) -> None:
     problems = list(TopKRouterConfig(**{"top_k": K, **settings}).check("router", num_experts=E))
     assert [problem.field for problem in problems] == [field]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_and_their_gradients_are_finite_for_extreme_logits(dtype):
+    for kind in ("softmax", "sigmoid", "sqrt_softplus", "logit"):
+        logits = torch.tensor([[-500.0, -200.0, -41.0, -39.0, 0.0, 50.0, 500.0]], dtype=dtype, requires_grad=True)
+        (score(logits, kind).sum() + distribution(logits, kind)[0, 0]).backward()
+        assert torch.isfinite(logits.grad).all(), kind

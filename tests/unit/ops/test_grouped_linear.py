@@ -74,3 +74,11 @@ def test_strided_inputs(width: int) -> None:
     weight = torch.randn(2, width, 8).transpose(1, 2)
     counts = torch.tensor([2, 4])
     assert_close(grouped_linear(x, weight, counts), reference(x, weight, [2, 4]), "fast_path")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_rows_with_an_expanded_gradient(dtype):
+    x = torch.zeros(0, 8, dtype=dtype, requires_grad=True)
+    weight = torch.ones(3, 4, 8, dtype=dtype, requires_grad=True)
+    grouped_linear(x, weight, torch.zeros(3, dtype=torch.long)).sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros_like(weight))

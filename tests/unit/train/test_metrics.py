@@ -1,9 +1,11 @@
 """metrics.jsonl, sinks and displays."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from moetrain.errors import StorageError
 from moetrain.train.display import duration, plain_line, sparkline
 from moetrain.train.metrics import MetricsFile, Phases, Recorder, flatten
 
@@ -17,6 +19,23 @@ def test_lost_and_cut_lines_are_removed_on_resume(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] == 0.1 + 0.2
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", resumed_step=0)
+    file.write({"step": 1, "loss": float("nan"), "experts": {"a": {"entropy": float("inf"), "load": [1, 2]}}})
+    file.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line == {"step": 1, "loss": None, "experts": {"a": {"entropy": None, "load": [1, 2]}}}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_a_storage_error_also_when_the_file_is_closed(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", resumed_step=0)
+    file.file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(StorageError, match="No space left"):
+        file.write({"step": 1})
+    file.close()
 
 
 class Broken:
@@ -62,6 +81,7 @@ def test_duration(seconds, text):
 
 def test_sparkline_and_plain_line():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0, float("nan"), 7, float("inf")]) == "▁█" and sparkline([float("nan")]) == ""
     assert len(sparkline(list(range(1000)), 48)) <= 48 and sparkline([]) == ""
     line = {"step": 2, "loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 10.0, "experts": {}, "skipped": True}
     text = plain_line(line, 10, 5.0)
