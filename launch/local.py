@@ -54,15 +54,21 @@ def train(plain: dict[str, Any]) -> dict[str, Any]:
             f"launch.nnodes = {config.launch.nnodes}: start moetrain on every machine with torchrun --nnodes {config.launch.nnodes} "
             f"--nproc-per-node {config.launch.nproc_per_node} --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m moetrain.launch.train ..."
         )
-    run_dir = resolve_run_dir(config)
-    check_resume(config, run_dir)
-    check_compatible(config, run_dir)
-    data = prepare_data(config)
-    open_run(config, run_dir)
-    if config.launch.nproc_per_node == 1:
-        with stop_on_signals() as stop:
+    with stop_on_signals(stop_before_training) as stop:
+        run_dir = resolve_run_dir(config)
+        check_resume(config, run_dir)
+        check_compatible(config, run_dir)
+        data = prepare_data(config)
+        open_run(config, run_dir)
+        if config.launch.nproc_per_node == 1:
+            stop.forward = None
             return run_rank(config, Ranks(), run_dir, data, stop)
-    return start_workers(config, run_dir, data)
+        return start_workers(config, run_dir, data, stop)
+
+
+def stop_before_training(number: int) -> None:
+    """What a signal does while there is nothing yet to save."""
+    raise ReportedError("stopped before training began", 128 + number)
 
 
 def prepare_data(config: Config) -> PreparedData:
@@ -146,8 +152,8 @@ def leave_report(errors: Path, rank: int, message: str, exit_code: int) -> NoRet
     sys.exit(exit_code)
 
 
-def start_workers(config: Config, run_dir: Path, data: PreparedData) -> dict[str, Any]:
-    """Run all ranks of this machine as child processes and wait for them. Raises ReportedError with the first failure."""
+def start_workers(config: Config, run_dir: Path, data: PreparedData, stop: StopRequest) -> dict[str, Any]:
+    """Run all ranks of this machine as child processes, which get our signals. Raises ReportedError with the first failure."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -159,11 +165,12 @@ def start_workers(config: Config, run_dir: Path, data: PreparedData) -> dict[str
     def forward(number: int) -> None:
         children = [child.pid for child in multiprocessing.active_children() if child.pid is not None and child.is_alive()]
         if not children:
-            raise ReportedError("stopped before training began", 128 + number)
+            stop_before_training(number)
         for pid in children:
             os.kill(pid, number)
 
-    with tempfile.TemporaryDirectory(prefix="moetrain-") as scratch, stop_on_signals(forward) as stop:
+    stop.forward = forward
+    with tempfile.TemporaryDirectory(prefix="moetrain-") as scratch:
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

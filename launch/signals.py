@@ -18,13 +18,13 @@ class StopRequest:
     """Callable that returns the number of the signal that asked to stop, or None.
 
     A second SIGINT, later than SAME_REQUEST_SECONDS after the first, interrupts at once.
-    forward: called with each signal, e.g. to pass it to workers.
+    forward: called with each signal, e.g. to pass it to workers; may be exchanged at any time.
     """
 
     def __init__(self, forward: Callable[[int], None] | None = None) -> None:
         self.requested: int | None = None
         self._at = 0.0
-        self._forward = forward
+        self.forward = forward
 
     def __call__(self) -> int | None:
         return self.requested
@@ -34,8 +34,8 @@ class StopRequest:
         again = self.requested is not None and time.monotonic() - self._at > SAME_REQUEST_SECONDS
         if self.requested is None:
             self.requested, self._at = number, time.monotonic()
-        if self._forward is not None:
-            self._forward(number)
+        if self.forward is not None:
+            self.forward(number)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
 

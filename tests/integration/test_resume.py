@@ -177,7 +177,10 @@ def test_never_starts_afresh_in_a_folder_of_its_own(workspace):
     first = moetrain("train", *TINY, "train.steps=2", "run.root=fresh", folder=workspace)
     second = moetrain("train", *TINY, "train.steps=2", "run.root=fresh", "checkpoint.resume=never", folder=workspace)
     assert first.returncode == second.returncode == 0
-    assert sorted(p.name.rsplit("-", 1)[-1] for p in (workspace / "fresh").iterdir())[0] == "2"
+    assert [folder.name.endswith("-2") for folder in sorted((workspace / "fresh").iterdir(), key=lambda folder: len(folder.name))] == [
+        False,
+        True,
+    ]
     refused = moetrain("train", *TINY, "run.dir=reference", "checkpoint.resume=never", folder=workspace)
     assert refused.returncode == 2 and "holds a run already" in refused.stderr
 
