@@ -1,0 +1,115 @@
+"""A placement is a sparse experts x ranks matrix: which ranks hold a computable copy of each expert.
+
+Letters: E experts, R ranks, N nodes. Arrays are numpy; counts are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks, the nodes that they are on, and what links and processors deliver.
+
+    node_of: node of each rank, nodes numbered from 0. intra_bandwidth: bytes/s that a rank sends to (and receives
+    from) ranks of its node; inter_bandwidth: bytes/s that a *node* sends to (and receives from) other nodes.
+    latency: seconds per collective. flops: FLOP/s of a rank in expert computation. expert_latency: seconds per
+    active expert on a rank.
+    """
+
+    node_of: tuple[int, ...]
+    intra_bandwidth: float = 200e9
+    inter_bandwidth: float = 25e9
+    latency: float = 20e-6
+    flops: float = 300e12
+    expert_latency: float = 0.0
+
+    @classmethod
+    def even(cls, nodes: int, ranks_per_node: int, **links: float) -> Cluster:
+        """``nodes`` times ``ranks_per_node`` ranks, numbered node by node."""
+        return cls(tuple(rank // ranks_per_node for rank in range(nodes * ranks_per_node)), **links)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.node_of)
+
+    @property
+    def num_nodes(self) -> int:
+        return max(self.node_of) + 1
+
+    @cached_property
+    def node(self) -> Integers:
+        """[R] node of each rank."""
+        return np.asarray(self.node_of, dtype=np.int64)
+
+    @cached_property
+    def members(self) -> tuple[Integers, ...]:
+        """Ranks of each node, ascending."""
+        return tuple(np.flatnonzero(self.node == node) for node in range(self.num_nodes))
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """For one MoE layer and step: the owner of each expert and all holders of a copy, the owner included.
+
+    owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts, then its copies, each in ascending
+    order of their ids.
+    """
+
+    owner: Integers
+    holders: Booleans
+
+    @classmethod
+    def owners_only(cls, owner: Sequence[int] | Integers, ranks: int) -> PlacementPlan:
+        """No copies: expert parallelism."""
+        owner = np.asarray(owner, dtype=np.int64)
+        return cls(owner, owner[:, None] == np.arange(ranks))
+
+    @property
+    def num_experts(self) -> int:
+        return self.holders.shape[0]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.holders.shape[1]
+
+    @cached_property
+    def copies(self) -> Booleans:
+        """[E, R] bool: holders without the owner."""
+        return self.holders & (self.owner[:, None] != np.arange(self.num_ranks))
+
+    def owned(self, rank: int) -> Integers:
+        """Ids of the experts that a rank owns, ascending."""
+        return np.flatnonzero(self.owner == rank)
+
+    def copied(self, rank: int) -> Integers:
+        """Ids of the experts of which a rank holds a copy without owning them, ascending."""
+        return np.flatnonzero(self.copies[:, rank])
+
+    def slots(self, rank: int) -> Integers:
+        """Ids of all experts that a rank can compute, in the order of its slots."""
+        return np.concatenate([self.owned(rank), self.copied(rank)])
+
+    def validate(self, extra_slots: int | None = None) -> None:
+        """Raises ValueError unless every expert has one owner among the ranks, the owner holds it, and no rank has more
+        than ``extra_slots`` copies (None: any number)."""
+        if self.owner.shape != (self.num_experts,):
+            raise ValueError(f"owner has shape {self.owner.shape}, expected ({self.num_experts},)")
+        if self.num_experts and not (0 <= self.owner.min() and self.owner.max() < self.num_ranks):
+            raise ValueError(f"owners must be ranks 0..{self.num_ranks - 1}, found {self.owner.min()}..{self.owner.max()}")
+        missing = np.flatnonzero(~self.holders[np.arange(self.num_experts), self.owner])
+        if missing.size:
+            raise ValueError(f"the owners of experts {missing.tolist()} are not among their holders")
+        copies = self.copies.sum(axis=0)
+        if extra_slots is not None and copies.max(initial=0) > extra_slots:
+            rank = int(copies.argmax())
+            raise ValueError(f"rank {rank} holds {copies[rank]} copies, at most {extra_slots} fit")
