@@ -1,7 +1,7 @@
 """Puts a single-device model on ranks: ownership of experts, sharding of the rest, materialisation, initial weights.
 
-The order is the same for every model: narrow experts to their owners, activation checkpointing, FSDP2, allocate
-from meta, initialise. ``ParallelModel`` then answers all questions that depend on the layout: which parameters are
+The order is the same for every model: narrow experts to their owners, split matrices, activation checkpointing,
+FSDP2, allocate from meta, initialise. ``ParallelModel`` then answers all questions that depend on the layout: which parameters are
 experts, what a rank's part of the checkpoint is, how gradients become global ones.
 """
 
@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetrain.models.common.decoder import Decoder
@@ -22,6 +22,7 @@ from moetrain.models.common.init import Init, draw
 from moetrain.moe.context import LocalReducer, Reducer
 from moetrain.moe.experts import Experts
 from moetrain.parallel.collectives import GroupReducer
+from moetrain.parallel.dense import ExpertSlices, slice_tokens, split_parameters, sum_in_place
 from moetrain.parallel.executor import OwnersExecutor, even_owners
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.ranks import Ranks
@@ -37,19 +38,24 @@ class ParallelModel:
     """A model in its layout.
 
     owned: names of the expert parameters of which each rank holds its own rows as plain tensors (ep); all other
-    parameters are DTensors, or plain on one process. world, replicas: process groups, None on one process.
+    parameters are DTensors, or plain on one process. partial: names of those that all ranks of a tensor group hold
+    alike, each with its own part of the gradient. Process groups, None on one process: world, data (ranks with different
+    data that hold the same parts of matrices), replicas; tensor, None without tensor parallelism.
     """
 
     model: Decoder
     layout: Layout
     device: torch.device
     owned: frozenset[str]
+    partial: frozenset[str] = frozenset()
     world: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
+    tensor: dist.ProcessGroup | None = None
 
     @property
     def reducer(self) -> Reducer:
-        return LocalReducer() if self.world is None else GroupReducer(self.world)
+        return LocalReducer() if self.data is None else GroupReducer(self.data)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters by name."""
@@ -67,30 +73,35 @@ class ParallelModel:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last backward of a step: FSDP has averaged its gradients over the data-parallel world; owned expert
-        gradients are sums over their group and get the same divisor."""
+        gradients are sums over their group and get the same divisor. Parts of tensor ranks are summed."""
         for name, parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if name in self.owned:
                 if self.layout.replicate > 1:
                     dist.all_reduce(parameter.grad, group=self.replicas)
-                parameter.grad /= self.layout.world_size
+                parameter.grad /= self.layout.data_world_size
+        if self.tensor is not None:
+            sum_in_place([local(p.grad) for name, p in self.parameters() if name in self.partial and p.grad is not None], self.tensor)
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Scale all gradients so that their global norm is at most max_norm (None: only measure); returns the norm before.
 
-        Each parameter counts once: shards are disjoint, and what replicas hold in common is divided by their number.
+        Each parameter counts once: shards are disjoint, what replicas hold in common is divided by their number, and what
+        tensor ranks hold in common counts on the first of them.
         """
-        gradients = [local(p.grad) for _, p in self.parameters() if p.grad is not None]
-        squares = [norm.double().square() for norm in torch._foreach_norm([g for g in gradients if g.numel()])]
+        gradients = {name: local(p.grad) for name, p in self.parameters() if p.grad is not None}
+        repeated = self.partial if self.tensor is not None and self.tensor.rank() else ()
+        counted = [g for name, g in gradients.items() if g.numel() and name not in repeated]
+        squares = [norm.double().square() for norm in torch._foreach_norm(counted)]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
         if self.world is not None:
             dist.all_reduce(total, group=self.world)
             total /= self.layout.replicate
         norm = total.sqrt()
         if max_norm is not None and norm > max_norm:
-            torch._foreach_mul_(gradients, float(max_norm / norm))
+            torch._foreach_mul_(list(gradients.values()), float(max_norm / norm))
         return norm
 
     def logical(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -142,27 +153,56 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
         model.to_empty(device=device)
         return ParallelModel(model, layout, device, frozenset())
 
-    mesh = init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (layout.replicate, layout.shard, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor"))
     shard_rank = mesh.get_local_rank("shard")
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
     if layout.name == "ep":
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
+        expert_mesh = fold_experts(layout, device)
         for layer in model.moe_layers().values():
-            owners = even_owners(layer.experts.num_experts, layout.shard)
-            layer.experts.hold(owners[shard_rank])
-            layer.executor = OwnersExecutor(owners, mesh.get_group("shard"), device)
+            owners = even_owners(layer.experts.num_experts, expert_mesh["expert"].size())
+            layer.experts.hold(owners[expert_mesh.get_local_rank("expert")])
+            layer.executor = OwnersExecutor(owners, expert_mesh.get_group("expert"), device)
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
             chunks = torch.arange(module.num_experts).chunk(layout.shard)
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
+    partial: frozenset[str] = frozenset()
+    if layout.tensor > 1:
+        partial = frozenset(name for name, _ in model.named_parameters()) - split_parameters(model, mesh["tensor"]) - owned
+        slice_tokens(model, mesh.get_group("tensor"), ExpertSlices(layout.tensor, mesh.get_local_rank("tensor")))
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
-    return ParallelModel(model, layout, device, owned, world=dist.group.WORLD, replicas=mesh.get_group("replicate"))
+    return ParallelModel(
+        model,
+        layout,
+        device,
+        owned,
+        partial,
+        world=dist.group.WORLD,
+        data=data_group(layout, device),
+        replicas=mesh.get_group("replicate"),
+        tensor=mesh.get_group("tensor") if layout.tensor > 1 else None,
+    )
 
 
-def apply_fsdp(model: Decoder, mesh: dist.device_mesh.DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:
+def fold_experts(layout: Layout, device: torch.device) -> DeviceMesh:
+    """The ranks as replicas x owners of experts x parts of an expert."""
+    shape = (layout.replicate, layout.shard * layout.tensor // layout.expert_tensor, layout.expert_tensor)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "expert", "expert_tensor"))
+
+
+def data_group(layout: Layout, device: torch.device) -> dist.ProcessGroup | None:
+    """The ranks that hold the same parts of matrices and see different data."""
+    if layout.tensor == 1:
+        return dist.group.WORLD
+    mesh = init_device_mesh(device.type, (layout.data_world_size, layout.tensor), mesh_dim_names=("data", "tensor"))
+    return mesh.get_group("data")
+
+
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:
     """FSDP2 per block and for the rest; parameters named in ``owned`` are left alone.
 
     Parameters are gathered in their own dtype (float32 masters): the router and the norms compute in it.
@@ -170,7 +210,7 @@ def apply_fsdp(model: Decoder, mesh: dist.device_mesh.DeviceMesh, owned: frozens
     from torch.distributed.fsdp import fully_shard
 
     ignored = {parameter for name, parameter in model.named_parameters() if name in owned}
-    fsdp_mesh = mesh if hybrid else mesh["shard"]
+    fsdp_mesh = mesh["replicate", "shard"] if hybrid else mesh["shard"]
     for block in model.layers:
         fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored)
     fully_shard(model, mesh=fsdp_mesh, ignored_params=ignored)

@@ -73,26 +73,26 @@ def synthetic_batch(scenario: Scenario, step: int, index: Tensor) -> Batch:
 
 
 def local_batches(scenario: Scenario, step: int, ranks: Ranks) -> list[Batch]:
-    """This rank's micro-batches, cut as :class:`moetrain.train.data.BatchPlan` does."""
+    """A data-parallel rank's micro-batches, cut as :class:`moetrain.train.data.BatchPlan` does."""
     micro = scenario.micro_batch_size or scenario.batch_size // ranks.world_size
     count = scenario.batch_size // (micro * ranks.world_size)
     firsts = [(i * ranks.world_size + ranks.rank) * micro for i in range(count)]
     return [synthetic_batch(scenario, step, torch.arange(first, first + micro)) for first in firsts]
 
 
-def train_steps(rank: int, world_size: int, scenario: Scenario, layout: str, replicate: int = 1) -> Outcome:
+def train_steps(rank: int, world_size: int, scenario: Scenario, layout: str | Layout, replicate: int = 1) -> Outcome:
     """Train ``scenario.steps`` steps on this rank. Gradients and parameters are this rank's part; see ``merge``."""
     ranks = Ranks(rank, world_size, rank, world_size)
     with torch.device("meta"):
         model = scenario.model.build(scenario.parts, vocab_size=scenario.vocab_size, dtype=scenario.dtype)
-    chosen = Layout(layout, replicate, world_size // replicate)  # type: ignore[arg-type]
+    chosen = layout if isinstance(layout, Layout) else Layout(layout, replicate, world_size // replicate)  # type: ignore[arg-type]
     placed = parallelize(model, chosen, ranks, device=torch.device("cpu"), recompute=scenario.recompute)
     placed.initialise(seed=0)
     placed.model.train()
     optimizer = AdamWConfig(lr=scenario.lr).build(placed)
     outcome, objective = Outcome(), LanguageModelingConfig().build()
     for step in range(scenario.steps):
-        batches = local_batches(scenario, step, ranks)
+        batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
         optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
