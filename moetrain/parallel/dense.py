@@ -35,6 +35,18 @@ from moetrain.parallel.collectives import sum_over, traffic
 SPLIT_DIM: dict[Split, int] = {"column": 0, "heads": 0, "vocabulary": 0, "row": 1}
 
 
+def split_dense(model: Decoder, mesh: DeviceMesh, expert_parts: DeviceMesh | None) -> frozenset[str]:
+    """Put a model on the ranks of a tensor group; returns the names of the parameters of which each has a part.
+
+    mesh: the group's. expert_parts: of the ranks that share each expert, None if experts are whole.
+    """
+    split = split_parameters(model, mesh)
+    sharing = 1 if expert_parts is None else expert_parts.size()
+    partial = None if expert_parts is None else expert_parts.get_group()
+    slice_tokens(model, mesh.get_group(), ExpertSlices(mesh.size() // sharing, mesh.get_local_rank() // sharing, partial))
+    return split
+
+
 def split_parameters(model: Decoder, mesh: DeviceMesh) -> frozenset[str]:
     """Make DTensors of the parameters that the model's table splits. mesh: the tensor group's. Returns their names.
 

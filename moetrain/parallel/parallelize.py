@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moetrain.models.common.decoder import Decoder
 from moetrain.models.common.init import Init, draw
 from moetrain.moe.context import LocalReducer, Reducer
 from moetrain.moe.experts import Experts
 from moetrain.parallel.collectives import GroupReducer
-from moetrain.parallel.dense import ExpertSlices, slice_tokens, split_parameters, sum_in_place
+from moetrain.parallel.dense import split_dense, sum_in_place
 from moetrain.parallel.executor import OwnersExecutor, even_owners
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.ranks import Ranks
@@ -40,7 +40,8 @@ class ParallelModel:
     owned: names of the expert parameters of which each rank holds its own rows as plain tensors (ep); all other
     parameters are DTensors, or plain on one process. partial: names of those that all ranks of a tensor group hold
     alike, each with its own part of the gradient. Process groups, None on one process: world, data (ranks with different
-    data that hold the same parts of matrices), replicas; tensor, None without tensor parallelism.
+    data that hold the same parts of matrices), replicas; tensor, None without tensor parallelism. expert_parts: mesh of
+    the ranks that share each owned expert, None if experts are whole.
     """
 
     model: Decoder
@@ -52,6 +53,7 @@ class ParallelModel:
     data: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
     tensor: dist.ProcessGroup | None = None
+    expert_parts: DeviceMesh | None = None
 
     @property
     def reducer(self) -> Reducer:
@@ -107,7 +109,8 @@ class ParallelModel:
     def logical(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The logical tensors that a parameter (or anything of its shape, e.g. a moment) stands for on this rank.
 
-        One key per dense parameter; for stacked expert parameters one key per held expert, as views.
+        One key per dense parameter; for stacked expert parameters one key per held expert, as views (DTensors if other
+        ranks hold the rest of the expert).
         """
         owner, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(owner)
@@ -117,7 +120,10 @@ class ParallelModel:
         rows = local(tensor).detach()
         for logical, parameter, row, part in module.logical():
             if parameter == attribute:
-                yield f"{owner}.{logical}", rows[row, part.start : part.stop]
+                held = rows[row, part.start : part.stop]
+                if self.expert_parts is not None:
+                    held = DTensor.from_local(held, self.expert_parts, [Shard(part.split_dim)], run_check=False)
+                yield f"{owner}.{logical}", held
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -157,12 +163,15 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
     shard_rank = mesh.get_local_rank("shard")
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
+    expert_parts: DeviceMesh | None = None
     if layout.name == "ep":
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
         expert_mesh = fold_experts(layout, device)
+        expert_parts = expert_mesh["expert_tensor"] if layout.expert_tensor > 1 else None
         for layer in model.moe_layers().values():
             owners = even_owners(layer.experts.num_experts, expert_mesh["expert"].size())
             layer.experts.hold(owners[expert_mesh.get_local_rank("expert")])
+            layer.experts.split(layout.expert_tensor)
             layer.executor = OwnersExecutor(owners, expert_mesh.get_group("expert"), device)
     else:
         for module in families.values():
@@ -171,8 +180,8 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
     partial: frozenset[str] = frozenset()
     if layout.tensor > 1:
-        partial = frozenset(name for name, _ in model.named_parameters()) - split_parameters(model, mesh["tensor"]) - owned
-        slice_tokens(model, mesh.get_group("tensor"), ExpertSlices(layout.tensor, mesh.get_local_rank("tensor")))
+        split = split_dense(model, mesh["tensor"], expert_parts)
+        partial = frozenset(name for name, _ in model.named_parameters()) - split - owned
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
     return ParallelModel(
@@ -185,6 +194,7 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
         data=data_group(layout, device),
         replicas=mesh.get_group("replicate"),
         tensor=mesh.get_group("tensor") if layout.tensor > 1 else None,
+        expert_parts=expert_parts,
     )
 
 
