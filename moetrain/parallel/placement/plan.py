@@ -56,6 +56,11 @@ class Cluster:
         """Ranks of each node, ascending."""
         return tuple(np.flatnonzero(self.node == node) for node in range(self.num_nodes))
 
+    @cached_property
+    def membership(self) -> Integers:
+        """[N, R] 1 where the rank is on the node: ``membership @ x`` sums over the ranks of each node."""
+        return (self.node == np.arange(self.num_nodes)[:, None]).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class PlacementPlan:
@@ -104,7 +109,7 @@ class PlacementPlan:
         than ``extra_slots`` copies (None: any number)."""
         if self.owner.shape != (self.num_experts,):
             raise ValueError(f"owner has shape {self.owner.shape}, expected ({self.num_experts},)")
-        if self.num_experts and not (0 <= self.owner.min() and self.owner.max() < self.num_ranks):
+        if self.num_experts and not (self.owner.min() >= 0 and self.owner.max() < self.num_ranks):
             raise ValueError(f"owners must be ranks 0..{self.num_ranks - 1}, found {self.owner.min()}..{self.owner.max()}")
         missing = np.flatnonzero(~self.holders[np.arange(self.num_experts), self.owner])
         if missing.size:
