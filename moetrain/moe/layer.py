@@ -43,8 +43,12 @@ class MoELayer(nn.Module):
         routing = self.router(tokens, ctx)
         executed = self.capacity(routing, ctx)
         self.record(routing, executed, ctx)
-        y = self.executor(tokens, executed, self.experts).view_as(x)
+        y = self.executor(tokens, executed, self.experts, ctx).view_as(x)
         return y if self.shared is None else y + self.shared(x)
+
+    def prefetch(self, ctx: RouterContext) -> None:
+        """To be called before the mixer in front of this layer: lets weights travel under it."""
+        self.executor.prefetch(self.experts, ctx)
 
     def record(self, routing: Routing, executed: Routing, ctx: RouterContext) -> None:
         """Statistics and, in training, the auxiliary losses; a recomputed pass adds neither a second time.

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
+from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.transport import Transport
 from moetrain.registry import register
 
-LayoutName = Literal["single", "fsdp", "ep"]
+LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp", "fssdp_paper"]
+Planner = Literal["owners_only", "everywhere", "sparse_materialization", "two_level"]
+
+
+@dataclass(kw_only=True)
+class FSSDPSettings:
+    """How copies of experts are chosen, moved and used."""
+
+    planner: Planner = setting("two_level", doc="which experts are copied to which ranks")
+    extra_slots: int = setting(2, doc="copies of experts that a rank has room for per layer, beyond those it owns", ge=0)
+    split: Literal["quota", "even"] = setting("quota", doc="tokens over the copies: balanced by quotas, or evenly with local copies first")
+    transport: Transport = setting("direct", doc="how copies travel: from the owner to each holder, once per node, or striped over a node")
+    rematerialize: bool = setting(False, doc="free copies after the forward pass and fetch them again for the backward")
+    reshard_every: int = setting(0, doc="steps between new choices of owners (heterogeneous sharding); 0: never", ge=0)
+    degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """replicate x shard ranks. experts: sharded like dense parameters (fsdp), or owned whole, one owner per
-    expert in each replica (ep)."""
+    """replicate x shard ranks. Experts: sharded like dense parameters (fsdp), or owned whole, one owner per expert in
+    each replica, with copies as the planner says.
+
+    ranks_per_node: None takes the launcher's. timeout_seconds: of collectives.
+    """
 
     name: LayoutName
     replicate: int
     shard: int
+    fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
+    ranks_per_node: int | None = None
+    timeout_seconds: float = 600.0
 
     @property
     def world_size(self) -> int:
         return self.replicate * self.shard
+
+    @property
+    def places_experts(self) -> bool:
+        """Whether whole experts have owners."""
+        return self.name not in ("single", "fsdp")
+
+    def nodes_of(self, ranks: Sequence[int], here: Ranks) -> tuple[int, ...]:
+        """Node of each of these global ranks, numbered from 0 in the order of their first appearance."""
+        per_node = self.ranks_per_node or here.local_world_size
+        numbers: dict[int, int] = {}
+        return tuple(numbers.setdefault(rank // per_node, len(numbers)) for rank in ranks)
 
 
 @dataclass(kw_only=True)

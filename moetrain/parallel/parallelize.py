@@ -22,9 +22,12 @@ from moetrain.models.common.init import Init, draw
 from moetrain.moe.context import LocalReducer, Reducer
 from moetrain.moe.experts import Experts
 from moetrain.parallel.collectives import GroupReducer
-from moetrain.parallel.executor import OwnersExecutor, even_owners
+from moetrain.parallel.executor import Links, PlacedExecutor, even_owners
 from moetrain.parallel.layouts import Layout
+from moetrain.parallel.placement.dispatch import split_even, split_quota
+from moetrain.parallel.placement.plan import Cluster
 from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.transport import new_peers
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,6 +50,11 @@ class ParallelModel:
     world: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
 
+    def executors(self) -> dict[str, PlacedExecutor]:
+        """Executors that place experts, by the name of their MoE layer."""
+        layers = self.model.moe_layers()
+        return {name: layer.executor for name, layer in layers.items() if isinstance(layer.executor, PlacedExecutor)}
+
     @property
     def reducer(self) -> Reducer:
         return LocalReducer() if self.world is None else GroupReducer(self.world)
@@ -67,7 +75,9 @@ class ParallelModel:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last backward of a step: FSDP has averaged its gradients over the data-parallel world; owned expert
-        gradients are sums over their group and get the same divisor."""
+        gradients are sums over their group, copies included, and get the same divisor."""
+        for executor in self.executors().values():
+            executor.add_gradients()
         for name, parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -146,12 +156,24 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
     shard_rank = mesh.get_local_rank("shard")
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
-    if layout.name == "ep":
+    if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
+        links = connect(mesh, ranks, layout, device)
         for layer in model.moe_layers().values():
             owners = even_owners(layer.experts.num_experts, layout.shard)
             layer.experts.hold(owners[shard_rank])
-            layer.executor = OwnersExecutor(owners, mesh.get_group("shard"), device)
+            owner = [rank for rank, ids in enumerate(owners) for _ in ids]
+            layer.executor = PlacedExecutor(
+                owner,
+                links,
+                device,
+                dtype=model.compute_dtype,
+                split=split_even if layout.fssdp.split == "even" else split_quota,
+                transport=layout.fssdp.transport,
+                rematerialize=layout.fssdp.rematerialize,
+                recompute=recompute,
+                degree=layout.fssdp.degree,
+            )
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
@@ -160,6 +182,18 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
     return ParallelModel(model, layout, device, owned, world=dist.group.WORLD, replicas=mesh.get_group("replicate"))
+
+
+def connect(mesh: dist.device_mesh.DeviceMesh, ranks: Ranks, layout: Layout, device: torch.device) -> Links:
+    """Communicators over this rank's expert group. Collective over the world: all groups are made by all ranks."""
+    groups = mesh.mesh.reshape(-1, layout.shard).tolist() if mesh.ndim == 2 else [mesh.mesh.tolist()]
+    mine: list[Links] = []
+    for group in groups:
+        nodes = layout.nodes_of(group, ranks)
+        tokens, gather, reduce = (new_peers(group, nodes, layout.timeout_seconds) for _ in range(3))
+        if ranks.rank in group:
+            mine.append(Links(tokens, gather, reduce, Cluster(nodes)))
+    return mine[0]
 
 
 def apply_fsdp(model: Decoder, mesh: dist.device_mesh.DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:

@@ -214,7 +214,7 @@ class Trainer:
         layers = self.placed.model.moe_layers()
         rows = {name: int(layer.dispatched[: layers[name].experts.num_experts].sum()) for name, layer in result.statistics.items()}
         flops = self.flops.step(result.tokens, self.config.data.seq_len, rows) / max(1e-9, seconds - phases.seconds.get("evaluation", 0.0))
-        sent = dict(traffic)
+        sent = traffic.by_name()
         traffic.clear()
         if self.recorder is None:
             return

@@ -66,8 +66,8 @@ class Cluster:
 class PlacementPlan:
     """For one MoE layer and step: the owner of each expert and all holders of a copy, the owner included.
 
-    owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts, then its copies, each in ascending
-    order of their ids.
+    owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts by id, then its copies by owner and id,
+    which is the order in which one all-to-all delivers them.
     """
 
     owner: Integers
@@ -97,8 +97,9 @@ class PlacementPlan:
         return np.flatnonzero(self.owner == rank)
 
     def copied(self, rank: int) -> Integers:
-        """Ids of the experts of which a rank holds a copy without owning them, ascending."""
-        return np.flatnonzero(self.copies[:, rank])
+        """Ids of the experts of which a rank holds a copy without owning them, by owner and id."""
+        ids = np.flatnonzero(self.copies[:, rank])
+        return ids[np.argsort(self.owner[ids], kind="stable")]
 
     def slots(self, rank: int) -> Integers:
         """Ids of all experts that a rank can compute, in the order of its slots."""
