@@ -12,29 +12,34 @@ from moetrain.parallel.ranks import Ranks
 from moetrain.parallel.transport import Transport
 from moetrain.registry import register
 
-LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp", "fssdp_paper"]
+LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp_paper", "fssdp"]
 Planner = Literal["owners_only", "everywhere", "sparse_materialization", "two_level"]
 
 
 @dataclass(kw_only=True)
 class FSSDPSettings:
-    """How copies of experts are chosen, moved and used."""
+    """Which experts are copied where, how copies travel, and how tokens are spread over them."""
 
-    planner: Planner = setting("two_level", doc="which experts are copied to which ranks")
-    extra_slots: int = setting(2, doc="copies of experts that a rank has room for per layer, beyond those it owns", ge=0)
-    split: Literal["quota", "even"] = setting("quota", doc="tokens over the copies: balanced by quotas, or evenly with local copies first")
-    transport: Transport = setting("direct", doc="how copies travel: from the owner to each holder, once per node, or striped over a node")
+    planner: Planner = setting("two_level", doc="chooses the copies of each step from the predicted loads")
+    extra_slots: int = setting(2, doc="copies of experts that a rank has room for in each layer, beyond those that it owns", ge=0)
+    overlap_degree: int | None = setting(
+        None, doc="sparse_materialization: experts whose transfer the mixer hides; default: from the machine's profile", ge=0
+    )
+    split: Literal["quota", "even"] = setting("quota", doc="tokens over copies: quotas that balance ranks, or evenly after local copies")
+    transport: Transport = setting("direct", doc="copies travel from owner to holders, once per node (two_stage), or by stripes")
     rematerialize: bool = setting(False, doc="free copies after the forward pass and fetch them again for the backward")
-    reshard_every: int = setting(0, doc="steps between new choices of owners (heterogeneous sharding); 0: never", ge=0)
-    degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
+    prediction: Literal["window", "exponential", "last"] = setting("window", doc="of loads: mean of the last steps, decaying mean, last step")
+    window: int = setting(5, doc="steps of the sliding window [2502.02581 section 4.2]", ge=1)
+    decay: float = setting(0.8, doc="weight of the past in the exponential prediction", gt=0, lt=1)
+    reshard_every: int = setting(0, doc="steps between new choices of owners by heterogeneous sharding; 0: never", ge=0)
 
 
 @dataclass(frozen=True)
 class Layout:
     """replicate x shard ranks. Experts: sharded like dense parameters (fsdp), or owned whole, one owner per expert in
-    each replica, with copies as the planner says.
+    each replica, with the copies that a planner chooses.
 
-    ranks_per_node: None takes the launcher's. timeout_seconds: of collectives.
+    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. timeout_seconds: of collectives.
     """
 
     name: LayoutName
@@ -42,6 +47,7 @@ class Layout:
     shard: int
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
+    degree: int = 1
     timeout_seconds: float = 600.0
 
     @property
@@ -66,6 +72,7 @@ class ParallelConfig(Component):
 
     tensor: int = setting(1, doc="ranks that split each matrix", ge=1)
     replicate: int = setting(1, doc="replicas of the sharded state (HSDP); gradients are summed across them", ge=1)
+    nodes: int | None = setting(None, doc="nodes that the ranks are on, equally many on each; default: as torchrun or SLURM started them", ge=1)
 
     def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
         """What this layout requires of the number of ranks."""
@@ -73,19 +80,28 @@ class ParallelConfig(Component):
             yield Problem(f"{path}.tensor", self.tensor, "must be 1: tensor parallelism is not available in this version")
         if world_size % self.replicate:
             yield Problem(f"{path}.replicate", self.replicate, f"must divide the {world_size} ranks")
+        if self.nodes is not None and world_size % self.nodes:
+            yield Problem(f"{path}.nodes", self.nodes, f"must divide the {world_size} ranks")
 
-    def resolve(self, world_size: int) -> Layout:
+    def resolve(self, world_size: int, *, timeout_seconds: float = 600.0) -> Layout:
         """The layout on this many ranks."""
+        return Layout(
+            self.layout_name(world_size),
+            self.replicate,
+            world_size // self.replicate,
+            fssdp=self.placement(),
+            ranks_per_node=None if self.nodes is None else world_size // self.nodes,
+            degree=getattr(self, "degree", 1),
+            timeout_seconds=timeout_seconds,
+        )
+
+    def layout_name(self, world_size: int) -> LayoutName:
+        """Which layout this is on so many ranks."""
         raise NotImplementedError
 
-
-@register("parallel", "auto")
-@dataclass(kw_only=True)
-class AutoConfig(ParallelConfig):
-    """One rank: single. Several: expert parallelism with FSDP2 for everything else."""
-
-    def resolve(self, world_size: int) -> Layout:
-        return Layout("single", 1, 1) if world_size == 1 else Layout("ep", self.replicate, world_size // self.replicate)
+    def placement(self) -> FSSDPSettings:
+        """How experts are placed, if they are."""
+        return FSSDPSettings(planner="owners_only")
 
 
 @register("parallel", "single")
@@ -96,10 +112,10 @@ class SingleConfig(ParallelConfig):
     def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
         yield from super().check(path, world_size=world_size, num_experts=num_experts)
         if world_size != 1:
-            yield Problem(path, "single", f"runs on 1 rank, not on {world_size}; use auto, fsdp or ep")
+            yield Problem(path, "single", f"runs on 1 rank, not on {world_size}; use another layout")
 
-    def resolve(self, world_size: int) -> Layout:
-        return Layout("single", 1, 1)
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "single"
 
 
 @register("parallel", "fsdp", source="ZeRO-3 1910.02054, PyTorch FSDP2")
@@ -107,14 +123,78 @@ class SingleConfig(ParallelConfig):
 class FSDPConfig(ParallelConfig):
     """FSDP2 for all parameters, experts included: all weights move, no tokens move."""
 
-    def resolve(self, world_size: int) -> Layout:
-        return Layout("fsdp", self.replicate, world_size // self.replicate)
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "fsdp"
+
+
+@dataclass(kw_only=True)
+class PlacedConfig(ParallelConfig):
+    """Layouts in which whole experts have owners; FSDP2 for everything else."""
+
+    degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
 
 
 @register("parallel", "ep", source="GShard 2006.16668")
 @dataclass(kw_only=True)
-class EPConfig(ParallelConfig):
-    """Expert parallelism: each expert has one owner and tokens travel to it; FSDP2 for the dense parameters."""
+class EPConfig(PlacedConfig):
+    """Expert parallelism: each expert has one owner and tokens travel to it."""
 
-    def resolve(self, world_size: int) -> Layout:
-        return Layout("ep", self.replicate, world_size // self.replicate)
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "ep"
+
+
+@register("parallel", "auto")
+@dataclass(kw_only=True)
+class AutoConfig(PlacedConfig):
+    """One rank: single. Several: expert parallelism with FSDP2 for everything else."""
+
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "single" if world_size == 1 else "ep"
+
+
+@register("parallel", "zero3_experts", source="ZeRO-3 1910.02054")
+@dataclass(kw_only=True)
+class ZeRO3ExpertsConfig(PlacedConfig):
+    """Every rank gets a copy of every expert for the time of its layer, and no token moves."""
+
+    rematerialize: bool = setting(True, doc="free copies after the forward pass and fetch them again for the backward")
+    transport: Transport = setting("direct", doc="copies travel from owner to holders, once per node (two_stage), or by stripes")
+
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "zero3_experts"
+
+    def placement(self) -> FSSDPSettings:
+        return FSSDPSettings(planner="everywhere", split="even", rematerialize=self.rematerialize, transport=self.transport)
+
+
+@register("parallel", "fssdp", source="Hecate 2502.02581")
+@dataclass(kw_only=True)
+class FSSDPConfig(PlacedConfig):
+    """Fully sharded sparse data parallelism: owners as in ep, and short-lived copies of hot experts. Two-level planner."""
+
+    fssdp: FSSDPSettings = setting(default_factory=FSSDPSettings, doc="copies of experts")
+
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        yield from super().check(path, world_size=world_size, num_experts=num_experts)
+        foreign = num_experts - num_experts // max(1, world_size // self.replicate)
+        if self.fssdp.extra_slots > foreign:
+            yield Problem(f"{path}.fssdp.extra_slots", self.fssdp.extra_slots, f"must be <= {foreign}, the experts that a rank does not own")
+
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "fssdp"
+
+    def placement(self) -> FSSDPSettings:
+        return self.fssdp
+
+
+@register("parallel", "fssdp_paper", source="Hecate 2502.02581")
+@dataclass(kw_only=True)
+class FSSDPPaperConfig(FSSDPConfig):
+    """As fssdp, with the paper's own rules: sparse materialisation (Algorithm 1), even split, re-sharding (Algorithm 2)."""
+
+    fssdp: FSSDPSettings = setting(
+        default_factory=lambda: FSSDPSettings(planner="sparse_materialization", split="even", reshard_every=100), doc="copies of experts"
+    )
+
+    def layout_name(self, world_size: int) -> LayoutName:
+        return "fssdp_paper"

@@ -172,7 +172,7 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
                 transport=layout.fssdp.transport,
                 rematerialize=layout.fssdp.rematerialize,
                 recompute=recompute,
-                degree=layout.fssdp.degree,
+                degree=layout.degree,
             )
     else:
         for module in families.values():

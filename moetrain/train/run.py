@@ -96,7 +96,8 @@ class Trainer:
 
         model = build_model(config, data.vocab_size)
         flops, size = FlopCounter(model), count_parameters(model)
-        placed = parallelize(model, config.parallel.resolve(ranks.world_size), ranks, device=device, recompute=config.train.recompute)
+        layout = config.parallel.resolve(ranks.world_size, timeout_seconds=config.launch.timeout_seconds)
+        placed = parallelize(model, layout, ranks, device=device, recompute=config.train.recompute)
         placed.initialise(config.train.seed)
         placed.model.train()
         display = Display.open(config.logging.display if ranks.is_main else "none", total=config.train.steps)

@@ -26,8 +26,8 @@ SETTINGS = {
     "quota": dict(),
     "even": dict(split="even"),
     "rematerialize": dict(rematerialize=True),
-    "chunks": dict(degree=3),
-    "chunks_rematerialize": dict(degree=2, rematerialize=True),
+    "chunks": dict(),
+    "chunks_rematerialize": dict(rematerialize=True),
     "two_stage": dict(transport="two_stage"),
     "striped": dict(transport="striped", rematerialize=True),
 }
@@ -44,5 +44,5 @@ CASES = [
 def test_random_placements_change_nothing(name, settings, world_size, replicate):
     scenario = SCENARIOS[name]
     expected = train_steps(0, 1, scenario, "single")
-    layout = Layout("fssdp", replicate, world_size // replicate, FSSDPSettings(**SETTINGS[settings]), ranks_per_node=2)
+    layout = Layout("fssdp", replicate, world_size // replicate, FSSDPSettings(**SETTINGS[settings]), 2, 3 if "chunks" in settings else 1)
     compare(merge(run_distributed(train_steps, world_size, scenario, layout, replicate, random_plan)), expected)
