@@ -22,7 +22,7 @@ moetrain: trains sparse Mixture-of-Experts models
 On several ranks: moetrain train launch.nproc_per_node=4 parallel=ep
 or torchrun --nproc-per-node 4 -m moetrain.launch.train [overrides]
 
-Exit codes: 0 done, 2 bad configuration, data or checkpoint, 3 storage, 4 training diverged,
+Exit codes: 0 done, 2 bad configuration, data or checkpoint, 3 storage, 4 training diverged, 5 a rank is lost,
 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (a checkpoint was written), 1 anything else.
 """
 

@@ -70,3 +70,9 @@ class TrainingError(MoetrainError):
     """Training cannot go on, e.g. too many steps in a row had non-finite gradients."""
 
     exit_code = 4
+
+
+class CommunicationError(MoetrainError):
+    """Another rank is lost or does not answer in time; names the rank that noticed and the operation."""
+
+    exit_code = 5

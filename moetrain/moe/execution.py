@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moetrain.moe.context import RouterContext
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
@@ -20,19 +21,23 @@ from moetrain.ops.permute import combine_rows, gather_rows
 class Executor(Protocol):
     """y [T, D'] = sum over a token's entries of weight * expert(x [T, D])."""
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor: ...
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor: ...
+
+    def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
+        """Called before the mixer in front of the layer: whatever can travel under it may start now."""
+        ...
 
 
 @dataclass(frozen=True)
 class Order:
     """Entries of a routing sorted by where their expert is computed.
 
-    token: [n] int64, source row of each sorted row. weight: [n]. counts: [E] int64 rows per place.
-    place_TK: [T, K] rows of each token in sorted order, if every token has K.
+    entry: [n] int64, the routing's entry of each sorted row. token: [n] int64, its source row. counts: [E] int64 rows
+    per place. place_TK: [T, K] rows of each token in sorted order, if every token has K.
     """
 
+    entry: Tensor
     token: Tensor
-    weight: Tensor
     counts: Tensor
     place_TK: Tensor | None
 
@@ -62,7 +67,7 @@ def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
     else:
         first, kept = counts[:1].sum(), counts[1 : experts + 1].sum()
         order = order[int(first) : int(first + kept)]
-    return Order(token=routing.token[order], weight=routing.weight[order], counts=counts[1 : experts + 1], place_TK=place_TK)
+    return Order(entry=order, token=routing.token[order], counts=counts[1 : experts + 1], place_TK=place_TK)
 
 
 def add_identity_experts(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
@@ -77,9 +82,12 @@ def add_identity_experts(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
 class LocalExecutor:
     """All experts are on this rank."""
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
+        """Nothing has to travel."""
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor:
         order = sort_entries(routing)
         rows = gather_rows(x, order.token, order.place_TK)
         y = experts.compute(rows, order.counts, experts.weights())
-        y = combine_rows(y, order.weight, order.token, routing.num_tokens, order.place_TK)
+        y = combine_rows(y, routing.weight[order.entry], order.token, routing.num_tokens, order.place_TK)
         return add_identity_experts(y, x, routing).to(x.dtype)

@@ -43,9 +43,13 @@ class MoELayer(nn.Module):
         routing = self.router(tokens, ctx)
         executed = self.capacity(routing, ctx)
         self.record(routing, executed, ctx)
-        y = self.executor(tokens, executed, self.experts)
+        y = self.executor(tokens, executed, self.experts, ctx)
         y = y.view(-1, *x.shape[1:])  # an executor may return fewer tokens: a rank's run of them
         return y if self.shared is None else y + self.shared(x)
+
+    def prefetch(self, ctx: RouterContext) -> None:
+        """To be called before the mixer in front of this layer: lets weights travel under it."""
+        self.executor.prefetch(self.experts, ctx)
 
     def record(self, routing: Routing, executed: Routing, ctx: RouterContext) -> None:
         """Statistics and, in training, the auxiliary losses; a recomputed pass adds neither a second time.

@@ -6,51 +6,183 @@ collective that one rank leaves out deadlocks the others or pairs up with a wron
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-traffic: Counter[str] = Counter()
-"""Bytes that left this rank (the part for itself excluded), by kind of collective, since the last clear()."""
+from moetrain.errors import CommunicationError
 
 
-def all_to_all_rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+@dataclass
+class Traffic:
+    """What has left this rank since the last :meth:`clear`, and the time that it waited.
+
+    bytes, messages: by (kind of collective, tier of link); tier is "intra" or "inter" (between nodes), and the part
+    of a collective that a rank sends to itself is not counted. waited: seconds in waits, by kind.
+    """
+
+    bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+    waited: Counter[str] = field(default_factory=Counter)
+
+    def clear(self) -> None:
+        self.bytes.clear()
+        self.messages.clear()
+        self.waited.clear()
+
+    def by_name(self) -> dict[str, int]:
+        """Bytes as ``{"dispatch.inter": ...}``."""
+        return {f"{kind}.{tier}": count for (kind, tier), count in sorted(self.bytes.items())}
+
+
+traffic = Traffic()
+
+
+@dataclass(frozen=True)
+class Peers:
+    """A process group and the node of each of its ranks."""
+
+    group: dist.ProcessGroup
+    node_of: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def tier(self, rank: int) -> str:
+        """The kind of link from this rank to another."""
+        return "intra" if self.node_of[rank] == self.node_of[self.rank] else "inter"
+
+
+def count_traffic(kind: str, send: Sequence[int], peers: Peers, messages: int | None = None) -> None:
+    """Record bytes sent to each rank. messages: how many, by default one per rank that gets any."""
+    for rank, size in enumerate(send):
+        if size and rank != peers.rank:
+            traffic.bytes[kind, peers.tier(rank)] += size
+            if messages is None:
+                traffic.messages[kind, peers.tier(rank)] += 1
+    if messages:
+        traffic.messages[kind, "all"] += messages
+
+
+@contextmanager
+def naming(operation: str, peers: Peers) -> Iterator[None]:
+    """Failures of the group's backend (a lost rank, a time-out) become errors that name this rank and the operation."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"rank {dist.get_rank()}: {operation} among {peers.size} ranks failed: another rank is lost, or slower than "
+            f"launch.timeout_seconds ({str(error).splitlines()[0]})"
+        ) from error
+
+
+class Work:
+    """A collective under way and the tensor that it fills."""
+
+    def __init__(self, work: dist.Work, out: Tensor, kept: Tensor, peers: Peers, kind: str) -> None:
+        # the input must not be freed or changed before the end
+        self.work, self.out, self.kept, self.peers, self.kind = work, out, kept, peers, kind
+
+    def wait(self) -> Tensor:
+        """The filled tensor."""
+        started = time.perf_counter()
+        with naming(self.kind, self.peers):
+            self.work.wait()
+        traffic.waited[self.kind] += time.perf_counter() - started
+        return self.out
+
+
+def start_all_to_all(x: Tensor, send: list[int], receive: list[int], peers: Peers, kind: str) -> Work:
+    """Uneven all-to-all of rows (or elements) under way. x: [sum(send), ...], contiguous."""
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    with naming(kind, peers):
+        work = dist.all_to_all_single(out, x, receive, send, group=peers.group, async_op=True)
+    return Work(work, out, x, peers, kind)
+
+
+class Exchange:
+    """One uneven all-to-all of rows and, in the backward pass, its mirror image.
+
+    Between :meth:`start` and :meth:`finish` other work can run; in the backward pass between the two likewise, in
+    mirrored order.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], peers: Peers, kind: str) -> None:
+        self.send, self.receive, self.peers, self.kind = send, receive, peers, kind
+        self.work: Work | None = None
+
+    def start(self, x: Tensor) -> Tensor:
+        """x: [sum(send), ...], rows for rank 0 first. Returns what :meth:`finish` takes; it holds nothing yet."""
+        return _Start.apply(x, self)
+
+    def finish(self, started: Tensor) -> Tensor:
+        """[sum(receive), ...]"""
+        return _Finish.apply(started, self)
+
+    def post(self, x: Tensor, *, back: bool) -> Tensor:
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        row = x[:1].numel() * x.element_size() if x.shape[0] else 0
+        count_traffic(self.kind, [n * row for n in send], self.peers)
+        self.work = start_all_to_all(x.contiguous(), send, receive, self.peers, self.kind)
+        return self.work.out
+
+    def wait(self) -> Tensor:
+        assert self.work is not None
+        work, self.work = self.work, None
+        return work.wait()
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+        ctx.exchange = exchange
+        return exchange.post(x, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.exchange.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, started: Tensor, exchange: Exchange) -> Tensor:  # type: ignore[override]
+        ctx.exchange = exchange
+        return exchange.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.exchange.post(grad, back=True)
+        return grad, None  # autograd wants a tensor of this shape; what _Start passes on is what the exchange brings
+
+
+def all_to_all_rows(x: Tensor, send: list[int], receive: list[int], peers: Peers, kind: str = "all_to_all") -> Tensor:
     """Uneven all-to-all of rows. x: [sum(send), ...], rows for rank 0 first; returns [sum(receive), ...].
 
     The gradient travels the other way.
     """
-    return _AllToAllRows.apply(x, send, receive, group)
+    exchange = Exchange(send, receive, peers, kind)
+    return exchange.finish(exchange.start(x))
 
 
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.splits, ctx.group = (send, receive), group
-        return _exchange(x, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        send, receive = ctx.splits
-        return _exchange(grad, receive, send, ctx.group), None, None, None
-
-
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    row_bytes = x[:1].numel() * x.element_size()
-    traffic["all_to_all"] += row_bytes * (sum(send) - send[group.rank()])
-    return out
-
-
-def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_counts(counts: Tensor, peers: Peers) -> Tensor:
     """All ranks' integer vectors: [n] -> [ranks, n]."""
-    out = counts.new_empty(group.size() * counts.numel())
+    out = counts.new_empty(peers.size * counts.numel())
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-    gather(out, counts.contiguous(), group=group)
-    return out.view(group.size(), -1)
+    with naming("all-gather of counts", peers):
+        gather(out, counts.contiguous(), group=peers.group)
+    return out.view(peers.size, -1)
 
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -26,24 +26,28 @@ from moetrain.errors import ConfigError, Problem
 from moetrain.models.common.attention import AttentionInput
 from moetrain.models.common.decoder import Block, Decoder
 from moetrain.models.common.sharding import Split, find_split
+from moetrain.moe.context import RouterContext
 from moetrain.moe.execution import Executor
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Routing
-from moetrain.parallel.collectives import sum_over, traffic
+from moetrain.parallel.collectives import Peers, count_traffic, naming, sum_over
 
 SPLIT_DIM: dict[Split, int] = {"column": 0, "heads": 0, "vocabulary": 0, "row": 1}
 
 
-def split_dense(model: Decoder, mesh: DeviceMesh, expert_parts: DeviceMesh | None) -> frozenset[str]:
+def split_dense(model: Decoder, mesh: DeviceMesh, peers: Peers, expert_parts: DeviceMesh | None) -> frozenset[str]:
     """Put a model on the ranks of a tensor group; returns the names of the parameters of which each has a part.
 
-    mesh: the group's. expert_parts: of the ranks that share each expert, None if experts are whole.
+    mesh, peers: the group. expert_parts: the ranks that share each expert, None if experts are whole.
     """
     split = split_parameters(model, mesh)
-    sharing = 1 if expert_parts is None else expert_parts.size()
-    partial = None if expert_parts is None else expert_parts.get_group()
-    slice_tokens(model, mesh.get_group(), ExpertSlices(mesh.size() // sharing, mesh.get_local_rank() // sharing, partial))
+    sharing, partial = 1, None
+    if expert_parts is not None:
+        sharing = expert_parts.size()
+        first = peers.rank // sharing * sharing
+        partial = Peers(expert_parts.get_group(), peers.node_of[first : first + sharing])
+    slice_tokens(model, peers, ExpertSlices(peers.size // sharing, peers.rank // sharing, partial))
     return split
 
 
@@ -71,21 +75,21 @@ def part_size(size: int, ranks: int) -> int:
     return -(-size // ranks)
 
 
-def slice_tokens(model: Decoder, group: dist.ProcessGroup, expert_slices: ExpertSlices) -> None:
+def slice_tokens(model: Decoder, peers: Peers, expert_slices: ExpertSlices) -> None:
     """Put the collectives between and around the blocks."""
 
     def gather_sequences(module: nn.Module, args: tuple[Tensor, AttentionInput]) -> tuple[Tensor, AttentionInput]:
         x, shared = args
-        return all_gather_rows(x, group).unflatten(0, (-1, shared.positions.numel())), shared
+        return all_gather_rows(x, peers).unflatten(0, (-1, shared.positions.numel())), shared
 
     def gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return all_gather_rows(args[0], group), *args[1:]
+        return all_gather_rows(args[0], peers), *args[1:]
 
     def gather_output(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-        return all_gather_rows(x, group)
+        return all_gather_rows(x, peers)
 
     def scatter_output(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-        return reduce_scatter_rows(y.reshape(-1, y.shape[-1]), group)
+        return reduce_scatter_rows(y.reshape(-1, y.shape[-1]), peers)
 
     for block in model.layers:
         assert isinstance(block, Block)
@@ -98,7 +102,7 @@ def slice_tokens(model: Decoder, group: dist.ProcessGroup, expert_slices: Expert
         if row_parallel is not None:
             row_parallel.register_forward_hook(scatter_output)
     model.norm.register_forward_hook(gather_output)
-    model.vocabulary = SplitVocabulary(model.embed.shape[0], group)
+    model.vocabulary = SplitVocabulary(model.embed.shape[0], peers)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class ExpertSlices:
 
     count: int
     index: int
-    partial: dist.ProcessGroup | None = None
+    partial: Peers | None = None
 
 
 class SlicedExecutor:
@@ -119,17 +123,20 @@ class SlicedExecutor:
     def __init__(self, inner: Executor, slices: ExpertSlices) -> None:
         self.inner, self.slices = inner, slices
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
+        self.inner.prefetch(experts, ctx)
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor:
         slices = self.slices
         count = routing.num_tokens // slices.count
         first = slices.index * count
         routing = routing.narrow(first, count)
         if slices.partial is None:
-            return self.inner(x[first : first + count], routing, experts)
-        if slices.partial.rank():
+            return self.inner(x[first : first + count], routing, experts, ctx)
+        if slices.partial.rank:
             # partial results are summed: only one of them may hold what zero-computation experts contribute
             routing = replace(routing, weight=torch.where(routing.expert >= routing.num_experts, 0.0, routing.weight))
-        return reduce_scatter_rows(self.inner(x[first : first + count], routing, experts), slices.partial)
+        return reduce_scatter_rows(self.inner(x[first : first + count], routing, experts, ctx), slices.partial)
 
 
 class SplitVocabulary:
@@ -138,22 +145,22 @@ class SplitVocabulary:
     Logits never leave their rank: what travels is a maximum and two sums per token.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.first = group.rank() * part_size(size, group.size())
+    def __init__(self, size: int, peers: Peers) -> None:
+        self.peers = peers
+        self.first = peers.rank * part_size(size, peers.size)
 
     def embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
         index, here = self.locate(tokens.reshape(-1), rows.shape[0])
         x = torch.where(here[:, None], F.embedding(index, rows), 0.0)
-        return reduce_scatter_rows(x, self.group)
+        return reduce_scatter_rows(x, self.peers)
 
     def log_partition(self, logits: Tensor) -> Tensor:
-        return _LogPartition.apply(logits, self.group)
+        return _LogPartition.apply(logits, self.peers)
 
     def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
         index, here = self.locate(targets, logits.shape[1])
         chosen = torch.where(here, logits.gather(1, index[:, None])[:, 0], 0.0)
-        per_token = self.log_partition(logits) - sum_over(chosen, self.group)
+        per_token = self.log_partition(logits) - sum_over(chosen, self.peers.group)
         return torch.where(targets != ignore, per_token, 0.0).sum()
 
     def locate(self, entries: Tensor, held: int) -> tuple[Tensor, Tensor]:
@@ -165,13 +172,13 @@ class SplitVocabulary:
 
 class _LogPartition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, peers: Peers) -> Tensor:  # type: ignore[override]
         top = logits.amax(dim=1)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=peers.group)
         share = (logits - top[:, None]).exp_()
         total = share.sum(dim=1)
-        dist.all_reduce(total, group=group)
-        ctx.group = group
+        dist.all_reduce(total, group=peers.group)
+        ctx.peers = peers
         ctx.save_for_backward(share.div_(total[:, None]))
         return top + total.log()
 
@@ -179,57 +186,59 @@ class _LogPartition(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (share,) = ctx.saved_tensors
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
+        dist.all_reduce(grad, group=ctx.peers.group)
         return share * grad[:, None], None
 
 
-def all_gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather_rows(x: Tensor, peers: Peers) -> Tensor:
     """[n, D] of each rank -> [ranks * n, D]. The gradient is summed and scattered."""
-    return _AllGatherRows.apply(x, group)
+    return _AllGatherRows.apply(x, peers)
 
 
-def reduce_scatter_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_rows(x: Tensor, peers: Peers) -> Tensor:
     """[ranks * n, D] -> the rank's n rows of the sum over ranks. The gradient is gathered."""
-    return _ReduceScatterRows.apply(x, group)
+    return _ReduceScatterRows.apply(x, peers)
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return _gather(x, group)
+    def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:  # type: ignore[override]
+        ctx.peers = peers
+        return _gather(x, peers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _reduce(grad, ctx.group), None
+        return _reduce(grad, ctx.peers), None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return _reduce(x, group)
+    def forward(ctx: Any, x: Tensor, peers: Peers) -> Tensor:  # type: ignore[override]
+        ctx.peers = peers
+        return _reduce(x, peers)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather(grad, ctx.group), None
+        return _gather(grad, ctx.peers), None
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+def _gather(x: Tensor, peers: Peers) -> Tensor:
+    out = x.new_empty(peers.size * x.shape[0], *x.shape[1:])
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-    gather(out, x.contiguous(), group=group)
-    traffic["tensor_all_gather"] += (group.size() - 1) * x.numel() * x.element_size()
+    with naming("tensor_all_gather", peers):
+        gather(out, x.contiguous(), group=peers.group)
+    count_traffic("tensor_all_gather", [x.numel() * x.element_size()] * peers.size, peers)
     return out
 
 
-def _reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if x.shape[0] % group.size():
-        raise ValueError(f"{x.shape[0]} tokens of a micro-batch cannot be cut into {group.size()} equal runs (parallel.tensor)")
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+def _reduce(x: Tensor, peers: Peers) -> Tensor:
+    if x.shape[0] % peers.size:
+        raise ValueError(f"{x.shape[0]} tokens of a micro-batch cannot be cut into {peers.size} equal runs (parallel.tensor)")
+    out = x.new_empty(x.shape[0] // peers.size, *x.shape[1:])
     reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed in torch 2.13
-    reduce(out, x.contiguous(), group=group)
-    traffic["tensor_reduce_scatter"] += (group.size() - 1) * out.numel() * x.element_size()
+    with naming("tensor_reduce_scatter", peers):
+        reduce(out, x.contiguous(), group=peers.group)
+    count_traffic("tensor_reduce_scatter", [out.numel() * out.element_size()] * peers.size, peers)
     return out
 
 

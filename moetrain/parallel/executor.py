@@ -1,65 +1,335 @@
-"""Executing a routing when each expert has one owner among the ranks of a group: tokens travel to their experts.
+"""Executing a routing under a placement: tokens travel to a rank that holds a copy of their expert.
 
-Dispatch, expert computation and combine follow DESIGN's order: one all-gather of counts, from which every rank
-derives all splits; two uneven all-to-alls. Experts may be spread over the ranks in any way, also with ranks that
-own none.
+One executor for every layout of experts; what differs is the plan. Owners only is expert parallelism: all tokens
+move. Every expert everywhere is ZeRO-3 on experts: all weights move. Anything in between is FSSDP (Hecate,
+2502.02581). The plan's copies live from the moment their transfer starts, before the mixer in front of the layer,
+until their gradients are on the way to the owners.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from moetrain.moe.context import RouterContext
 from moetrain.moe.execution import add_identity_experts, sort_entries
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
-from moetrain.parallel.collectives import all_to_all_rows, gather_counts
+from moetrain.parallel.collectives import Exchange, Peers, gather_counts
+from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
+from moetrain.parallel.transport import PendingGather, PendingReduce, Route, Transfer, Transport
+
+Split = Callable[[Integers, PlacementPlan, Cluster], Integers]
+"""counts [R, E] rows that each rank has for each expert -> [R, E, R] how many of them it sends to each rank."""
 
 
-class OwnersExecutor:
-    """owned: per rank of the group, the global ids of the experts that it owns, in the order of its parameters' rows."""
+@dataclass(frozen=True)
+class Links:
+    """Communicators over the same ranks, one per stream of traffic: transfers of weights must not queue behind tokens."""
 
-    def __init__(self, owned: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group = group
-        self.sizes = [len(ids) for ids in owned]
-        order = [expert for ids in owned for expert in ids]
-        # position[expert]: its place when experts are listed rank by rank
-        self.position = torch.tensor(order, device=device).argsort()
+    tokens: Peers
+    gather: Peers
+    reduce: Peers
+    cluster: Cluster
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        rank = self.group.rank()
+
+@dataclass(frozen=True)
+class Chunk:
+    """One part of a dispatch: rows sent to and received from each rank, and received rows per slot, [R, slots]."""
+
+    send: list[int]
+    receive: list[int]
+    arriving: Tensor
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """The discrete side of one execution: everything that a recomputed pass must find unchanged.
+
+    entry, token: [n] int64, the routing's entry and source row of each row in sending order; place_TK: their inverse
+    if every token has K. counts: [R, E] rows that each rank has for each expert.
+    """
+
+    entry: Tensor
+    token: Tensor
+    place_TK: Tensor | None
+    chunks: list[Chunk]
+    counts: Integers
+
+
+class Copies:
+    """Copies of one layer's experts on this rank for one forward and backward pass.
+
+    buffer: [copied experts, elements of an expert], or None before it arrives and after it is freed.
+    """
+
+    def __init__(self, plan: PlacementPlan, experts: Experts, links: Links, *, dtype: torch.dtype, transport: Transport) -> None:
+        self.plan = plan
+        self.weights = experts.weights()
+        self.links, self.dtype = links, dtype
+        self.sizes = [w[0].numel() if w.shape[0] else int(np.prod(w.shape[1:])) for w in self.weights]
+        route = Route.of(plan, links.cluster, transport)
+        self.transfer, self.reduction = (Transfer(plan, route, sum(self.sizes), peers) for peers in (links.gather, links.reduce))
+        self.buffer: Tensor | None = None
+        self.pending: PendingGather | None = None
+        self.reduced: PendingReduce | None = None
+        self.before: Copies | None = None
+
+    def post(self) -> None:
+        """Start the transfer, unless the copies are here or on their way."""
+        if self.buffer is None and self.pending is None:
+            with torch.no_grad():
+                rows = torch.cat([w.detach().flatten(1).to(self.dtype) for w in self.weights], dim=1)
+            self.pending = self.transfer.gather(rows)
+
+    def wait(self) -> Tensor:
+        """The copies, [copied experts, elements]."""
+        if self.buffer is None:
+            self.post()
+            assert self.pending is not None
+            self.buffer, self.pending = self.pending.wait(), None
+        return self.buffer
+
+    def views(self) -> tuple[Tensor, ...]:
+        """The copies as stacked weights, one tensor per parameter of the experts."""
+        parts = self.wait().split(self.sizes, dim=1)
+        return tuple(part.unflatten(1, w.shape[1:]) for part, w in zip(parts, self.weights, strict=True))
+
+    def free(self) -> None:
+        """Give the memory back; a later :meth:`wait` fetches the copies again."""
+        self.buffer = None
+
+    def return_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Start summing the copies' gradients to the owners, and free the copies. With re-materialisation the copies of
+        the layer before start to travel: they have the backward of the mixer in between to arrive."""
+        self.free()
+        self.reduced = self.reduction.reduce(torch.cat([g.flatten(1) for g in gradients], dim=1))
+        if self.before is not None and self.before.buffer is None:
+            self.before.post()
+
+    def add_gradients(self) -> None:
+        """Wait for the sums and add them to the owned parameters' gradients."""
+        if self.reduced is None:
+            return
+        row = {int(expert): i for i, expert in enumerate(self.plan.owned(self.links.reduce.rank))}
+        for expert, flat in self.reduced.wait().items():
+            for weight, part in zip(self.weights, flat.split(self.sizes), strict=True):
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                weight.grad[row[expert]] += part.view(weight.shape[1:])
+        self.reduced = None
+
+    def kept_out_of_the_graph(self) -> AbstractContextManager[Any]:
+        """While the block runs, autograd keeps a reference to this object instead of the copies' memory: freed after the
+        forward, they are fetched again in the backward."""
+        storage = self.wait().untyped_storage().data_ptr()
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.untyped_storage().data_ptr() != storage or not tensor.numel():
+                return tensor
+            return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        def unpack(saved: Any) -> Tensor:
+            return saved if isinstance(saved, Tensor) else self.wait().as_strided(*saved)
+
+        return saved_tensors_hooks(pack, unpack)
+
+
+class _CopiedWeights(torch.autograd.Function):
+    """The copies as tensors with a gradient. It goes to the owners by SparseReduceScatter and not through autograd: the
+    owned parameters among the inputs only make sure that every rank has this node."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: Copies, *owned: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.copies = copies
+        return copies.views()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        ctx.copies.return_gradients(gradients)
+        return (None,) * (1 + len(gradients))
+
+
+class PlacedExecutor:
+    """owner: [E] rank of each expert. dtype: in which experts compute, and copies travel. split: who computes which rows, given a plan with copies. rematerialize: free the
+    copies after the forward pass and fetch them again for the backward. recompute: the layer lies in a region of
+    activation checkpointing. degree: chunks in which tokens travel, so that one is computed while others are under way.
+    """
+
+    def __init__(
+        self,
+        owner: Sequence[int] | Integers,
+        links: Links,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        split: Split,
+        transport: Transport = "direct",
+        rematerialize: bool = False,
+        recompute: bool = False,
+        degree: int = 1,
+    ) -> None:
+        self.links, self.device, self.dtype, self.split, self.transport = links, device, dtype, split, transport
+        self.rematerialize, self.recompute, self.degree = rematerialize, recompute, degree
+        self.plan = PlacementPlan.owners_only(owner, links.tokens.size)
+        self.counts: Integers | None = None
+        """[R, E] rows dispatched in training since the last :meth:`take_counts`, before any split."""
+        self.live: list[Copies] = []
+        """Copies whose gradients have not been added yet."""
+
+    @property
+    def plan(self) -> PlacementPlan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: PlacementPlan) -> None:
+        """Takes effect in the next forward pass; passes under way keep theirs."""
+        self._plan = plan
+        ranks = range(plan.num_ranks)
+        # position[expert]: its place when experts are listed by owner
+        order = np.concatenate([plan.owned(rank) for rank in ranks])
+        self.position = torch.from_numpy(np.argsort(order)).to(self.device)
+        self.slots = [plan.slots(rank) for rank in ranks]
+        self.replicated = bool(plan.copies.any())
+
+    def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
+        """Start the transfer of this pass's copies."""
+        if self.replicated:
+            self.copies(experts, ctx).post()
+
+    def copies(self, experts: Experts, ctx: RouterContext) -> Copies:
+        """The copies of this pass, the same object for its recomputation and backward."""
+        found: dict[str, Copies] = ctx.carry.setdefault("placement", {})
+        if ctx.name not in found:
+            copies = Copies(self.plan, experts, self.links, dtype=self.dtype, transport=self.transport)
+            if torch.is_grad_enabled():
+                self.live.append(copies)
+                if self.rematerialize and not self.recompute:
+                    copies.before = next(reversed(found.values()), None)
+            found[ctx.name] = copies
+        return found[ctx.name]
+
+    def take_counts(self) -> Integers | None:
+        """Counts accumulated by training passes, which start from zero again."""
+        counts, self.counts = self.counts, None
+        return counts
+
+    def add_gradients(self) -> None:
+        """After the last backward of a step: add what copies have sent to the owned parameters' gradients."""
+        for copies in self.live:
+            copies.add_gradients()
+        self.live.clear()
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor:
+        plan = ctx.once("dispatch", lambda: self.dispatch(routing))
+        if ctx.training and not ctx.forward.recomputing:
+            self.counts = plan.counts if self.counts is None else self.counts + plan.counts
+        copies = self.copies(experts, ctx) if self.replicated else None
+        rows = gather_rows(x, plan.token, plan.place_TK)
+
+        exchanges = [
+            (Exchange(c.send, c.receive, self.links.tokens, "dispatch"), Exchange(c.receive, c.send, self.links.tokens, "combine"))
+            for c in plan.chunks
+        ]
+        sent = [there.start(part) for (there, _), part in zip(exchanges, rows.split([sum(c.send) for c in plan.chunks]), strict=True)]
+        weights = [experts.weights()]
+        if copies is not None:
+            weights.append(_CopiedWeights.apply(copies, *experts.weights()))
+        returned = []
+        for (there, back), started, chunk in zip(exchanges, sent, plan.chunks, strict=True):
+            by_slot, by_source = regroup(chunk.arriving)
+            received = gather_rows(there.finish(started), by_slot, by_source[:, None])
+            y = self.compute(received, chunk.arriving.sum(0), weights, experts, copies)
+            returned.append(back.start(gather_rows(y, by_source, by_slot[:, None])))
+        parts = [back.finish(started) for (_, back), started in zip(exchanges, returned, strict=True)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        y = combine_rows(y, routing.weight[plan.entry], plan.token, routing.num_tokens, plan.place_TK)
+        y = add_identity_experts(y, x, routing).to(x.dtype)
+
+        if copies is not None and (self.rematerialize or not torch.is_grad_enabled()):
+            # inside activation checkpointing the graph of the recomputed pass keeps the copies until the backward
+            copies.free()
+            if y.requires_grad and not self.recompute:
+                y.register_hook(lambda _: copies.post())
+        return y
+
+    def compute(self, x: Tensor, counts: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Copies | None) -> Tensor:
+        """Rows in the order of this rank's slots, owned experts first, through owned and copied experts."""
+        if copies is None:
+            return experts.compute(x, counts, weights[0])
+        owned = weights[0][0].shape[0]
+        first = int(counts[:owned].sum())
+        mine, theirs = x.split([first, x.shape[0] - first])
+        y = experts.compute(mine, counts[:owned], weights[0])
+        forget = self.rematerialize and not self.recompute and torch.is_grad_enabled()
+        with copies.kept_out_of_the_graph() if forget else nullcontext():
+            return torch.cat([y, experts.compute(theirs, counts[owned:], weights[1])])
+
+    def dispatch(self, routing: Routing) -> Dispatch:
+        """Who sends what to whom, from one all-gather of counts."""
+        rank = self.links.tokens.rank
         order = sort_entries(routing, self.position)
-        counts = gather_counts(order.counts, self.group)  # [source rank, place]
-        # the one host copy of this layer: all splits follow from these integers
-        per_rank = torch.stack([part.sum(1) for part in counts.split(self.sizes, dim=1)], dim=1).tolist()
-        send, receive = per_rank[rank], [row[rank] for row in per_rank]
-        mine = counts.split(self.sizes, dim=1)[rank]
+        # the one host copy of this layer: every split follows from these integers, the same on all ranks
+        gathered = gather_counts(order.counts, self.links.tokens).cpu().numpy()
+        position = self.position.cpu().numpy()
+        counts = gathered[:, position]
+        if self.replicated:
+            rows = self.split(counts, self.plan, self.links.cluster)
+        else:
+            rows = np.where(self.plan.holders, counts[:, :, None], 0)
+        ends = [rows * (c + 1) // self.degree - rows * c // self.degree for c in range(self.degree)]
+        chunks = [self.chunk(part, rank) for part in ends]
+        entry, token, place_TK = order.entry, order.token, order.place_TK
+        if self.replicated or self.degree > 1:
+            permutation = self.permutation(rows, ends, gathered[rank], position, rank)
+            entry, token = entry[permutation], token[permutation]
+            if place_TK is not None:
+                inverse = torch.empty_like(permutation)
+                inverse[permutation] = torch.arange(permutation.numel(), device=self.device)
+                place_TK = inverse[place_TK]
+        return Dispatch(entry, token, place_TK, chunks, counts)
 
-        rows = gather_rows(x, order.token, order.place_TK)
-        received = all_to_all_rows(rows, send, receive, self.group)
-        by_expert, by_source = regroup(mine)
-        y = experts.compute(gather_rows(received, by_expert, by_source[:, None]), mine.sum(0), experts.weights())
-        y = all_to_all_rows(gather_rows(y, by_source, by_expert[:, None]), receive, send, self.group)
-        y = combine_rows(y, order.weight, order.token, routing.num_tokens, order.place_TK)
-        return add_identity_experts(y, x, routing).to(x.dtype)
+    def chunk(self, rows: Integers, rank: int) -> Chunk:
+        """This rank's side of moving rows [R, E, R]."""
+        arriving = torch.from_numpy(np.ascontiguousarray(rows[:, self.slots[rank], rank])).to(self.device)
+        return Chunk(send=rows[rank].sum(axis=0).tolist(), receive=rows[:, :, rank].sum(axis=1).tolist(), arriving=arriving)
+
+    def permutation(self, rows: Integers, ends: Sequence[Integers], sorted_counts: Integers, position: Integers, rank: int) -> Tensor:
+        """From sending order (by chunk, destination, slot of the destination) to the order sorted by position: [n] int64."""
+        first = np.concatenate([[0], np.cumsum(sorted_counts)])[position]  # where each expert's rows begin
+        before = np.cumsum(rows[rank], axis=1) - rows[rank]  # [E, R] its rows for lower ranks
+        starts, lengths = [], []
+        done = np.zeros_like(rows[rank])
+        for part in ends:
+            for destination, slots in enumerate(self.slots):
+                starts.append(first[slots] + before[slots, destination] + done[slots, destination])
+                lengths.append(part[rank][slots, destination])
+            done = done + part[rank]
+        start, length = (torch.from_numpy(np.concatenate(a)).to(self.device) for a in (starts, lengths))
+        shift = start - (length.cumsum(0) - length)
+        return shift.repeat_interleave(length) + torch.arange(int(sorted_counts.sum()), device=self.device)
 
 
 def regroup(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Permutations between rows that arrive ordered by (source, expert) and rows ordered by (expert, source).
+    """Permutations between rows that arrive ordered by (source, slot) and rows ordered by (slot, source).
 
-    counts: [sources, experts] int64. Returns by_expert and its inverse by_source, both [counts.sum()] int64:
-    x[by_expert] is ordered by expert, and y[by_source] brings it back.
+    counts: [sources, slots] int64. Returns by_slot and its inverse by_source, both [counts.sum()] int64:
+    x[by_slot] is ordered by slot, and y[by_source] brings it back.
     """
-    sources, experts = counts.shape
-    expert = torch.arange(experts, device=counts.device).repeat(sources).repeat_interleave(counts.reshape(-1))
-    by_expert = expert.argsort(stable=True)
-    by_source = torch.empty_like(by_expert)
-    by_source[by_expert] = torch.arange(by_expert.numel(), device=counts.device)
-    return by_expert, by_source
+    sources, slots = counts.shape
+    slot = torch.arange(slots, device=counts.device).repeat(sources).repeat_interleave(counts.reshape(-1))
+    by_slot = slot.argsort(stable=True)
+    by_source = torch.empty_like(by_slot)
+    by_source[by_slot] = torch.arange(by_slot.numel(), device=counts.device)
+    return by_slot, by_source
 
 
 def even_owners(num_experts: int, ranks: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ experts, what a rank's part of the checkpoint is, how gradients become global on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -21,11 +21,14 @@ from moetrain.models.common.decoder import Decoder
 from moetrain.models.common.init import Init, draw
 from moetrain.moe.context import LocalReducer, Reducer
 from moetrain.moe.experts import Experts
-from moetrain.parallel.collectives import GroupReducer
-from moetrain.parallel.dense import split_dense, sum_in_place
-from moetrain.parallel.executor import OwnersExecutor, even_owners
+from moetrain.parallel.collectives import GroupReducer, Peers
+from moetrain.parallel.dense import SlicedExecutor, split_dense, sum_in_place
+from moetrain.parallel.executor import Links, PlacedExecutor, even_owners
 from moetrain.parallel.layouts import Layout
+from moetrain.parallel.placement.dispatch import split_even, split_quota
+from moetrain.parallel.placement.plan import Cluster
 from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.transport import new_peers
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -55,6 +58,12 @@ class ParallelModel:
     tensor: dist.ProcessGroup | None = None
     expert_parts: DeviceMesh | None = None
 
+    def executors(self) -> dict[str, PlacedExecutor]:
+        """Executors that place experts, by the name of their MoE layer."""
+        executors = {name: layer.executor for name, layer in self.model.moe_layers().items()}
+        inner = {name: executor.inner if isinstance(executor, SlicedExecutor) else executor for name, executor in executors.items()}
+        return {name: executor for name, executor in inner.items() if isinstance(executor, PlacedExecutor)}
+
     @property
     def reducer(self) -> Reducer:
         return LocalReducer() if self.data is None else GroupReducer(self.data)
@@ -75,7 +84,9 @@ class ParallelModel:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last backward of a step: FSDP has averaged its gradients over the data-parallel world; owned expert
-        gradients are sums over their group and get the same divisor. Parts of tensor ranks are summed."""
+        gradients are sums over their group, copies included, and get the same divisor. Parts of tensor ranks are summed."""
+        for executor in self.executors().values():
+            executor.add_gradients()
         for name, parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -163,53 +174,62 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
     shard_rank = mesh.get_local_rank("shard")
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
-    expert_parts: DeviceMesh | None = None
-    if layout.name == "ep":
+    if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        expert_mesh = fold_experts(layout, device)
-        expert_parts = expert_mesh["expert_tensor"] if layout.expert_tensor > 1 else None
+        links = connect(layout, ranks)
         for layer in model.moe_layers().values():
-            owners = even_owners(layer.experts.num_experts, expert_mesh["expert"].size())
-            layer.experts.hold(owners[expert_mesh.get_local_rank("expert")])
+            owners = even_owners(layer.experts.num_experts, links.tokens.size)
+            layer.experts.hold(owners[links.tokens.rank])
             layer.experts.split(layout.expert_tensor)
-            layer.executor = OwnersExecutor(owners, expert_mesh.get_group("expert"), device)
+            owner = [rank for rank, ids in enumerate(owners) for _ in ids]
+            layer.executor = PlacedExecutor(
+                owner,
+                links,
+                device,
+                dtype=model.compute_dtype,
+                split=split_even if layout.fssdp.split == "even" else split_quota,
+                transport=layout.fssdp.transport,
+                rematerialize=layout.fssdp.rematerialize,
+                recompute=recompute,
+                degree=layout.degree,
+            )
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
             chunks = torch.arange(module.num_experts).chunk(layout.shard)
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
-    partial: frozenset[str] = frozenset()
+    placed = ParallelModel(
+        model, layout, device, owned, world=dist.group.WORLD, data=dist.group.WORLD, replicas=mesh.get_group("replicate")
+    )
     if layout.tensor > 1:
-        split = split_dense(model, mesh["tensor"], expert_parts)
-        partial = frozenset(name for name, _ in model.named_parameters()) - split - owned
+        split_over_tensor_ranks(placed, mesh["tensor"], ranks)
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
-    return ParallelModel(
-        model,
-        layout,
-        device,
-        owned,
-        partial,
-        world=dist.group.WORLD,
-        data=data_group(layout, device),
-        replicas=mesh.get_group("replicate"),
-        tensor=mesh.get_group("tensor") if layout.tensor > 1 else None,
-        expert_parts=expert_parts,
-    )
+    return placed
 
 
-def fold_experts(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The ranks as replicas x owners of experts x parts of an expert."""
-    shape = (layout.replicate, layout.shard * layout.tensor // layout.expert_tensor, layout.expert_tensor)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "expert", "expert_tensor"))
+def split_over_tensor_ranks(placed: ParallelModel, mesh: DeviceMesh, ranks: Ranks) -> None:
+    """Tensor parallelism of a model whose experts have been narrowed. mesh: this rank's tensor group."""
+    layout, model = placed.layout, placed.model
+    peers = join(layout.tensor_groups(), layout, ranks)
+    if layout.expert_tensor > 1:
+        shape = (layout.world_size // layout.expert_tensor, layout.expert_tensor)
+        placed.expert_parts = init_device_mesh(placed.device.type, shape, mesh_dim_names=("expert", "part"))["part"]
+    placed.tensor, placed.data = peers.group, join(layout.data_groups(), layout, ranks).group
+    whole = frozenset(name for name, _ in model.named_parameters()) - split_dense(model, mesh, peers, placed.expert_parts)
+    placed.partial = whole - placed.owned
 
 
-def data_group(layout: Layout, device: torch.device) -> dist.ProcessGroup | None:
-    """The ranks that hold the same parts of matrices and see different data."""
-    if layout.tensor == 1:
-        return dist.group.WORLD
-    mesh = init_device_mesh(device.type, (layout.data_world_size, layout.tensor), mesh_dim_names=("data", "tensor"))
-    return mesh.get_group("data")
+def join(groups: Sequence[Sequence[int]], layout: Layout, ranks: Ranks) -> Peers:
+    """A communicator over that of these groups of global ranks in which this rank is. Collective over the world."""
+    peers = [new_peers(group, layout.nodes_of(group, ranks), layout.timeout_seconds) for group in groups]
+    return next(mine for group, mine in zip(groups, peers, strict=True) if ranks.rank in group)
+
+
+def connect(layout: Layout, ranks: Ranks) -> Links:
+    """Communicators over this rank's expert group. Collective over the world."""
+    tokens, gather, reduce = (join(layout.expert_groups(), layout, ranks) for _ in range(3))
+    return Links(tokens, gather, reduce, Cluster(tokens.node_of))
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:

@@ -6,6 +6,7 @@ logical tensors, so results of different layouts can be compared key by key.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor
 from moetrain.moe.layer import MoEParts
 from moetrain.objectives.batch import IGNORE, Batch
 from moetrain.objectives.language_modeling import LanguageModelingConfig
+from moetrain.parallel.executor import PlacedExecutor
 from moetrain.parallel.layouts import Layout
+from moetrain.parallel.placement.plan import PlacementPlan
 from moetrain.parallel.parallelize import ParallelModel, parallelize
 from moetrain.parallel.ranks import Ranks
 from moetrain.train.metrics import Phases
@@ -80,8 +83,17 @@ def local_batches(scenario: Scenario, step: int, ranks: Ranks) -> list[Batch]:
     return [synthetic_batch(scenario, step, torch.arange(first, first + micro)) for first in firsts]
 
 
-def train_steps(rank: int, world_size: int, scenario: Scenario, layout: str | Layout, replicate: int = 1) -> Outcome:
-    """Train ``scenario.steps`` steps on this rank. Gradients and parameters are this rank's part; see ``merge``."""
+Plans = Callable[[PlacedExecutor, str, int], PlacementPlan]
+"""(executor, layer, step) -> the plan of that step"""
+
+
+def train_steps(
+    rank: int, world_size: int, scenario: Scenario, layout: str | Layout, replicate: int = 1, plans: Plans | None = None
+) -> Outcome:
+    """Train ``scenario.steps`` steps on this rank. Gradients and parameters are this rank's part; see ``merge``.
+
+    plans: replaces the layout's planner.
+    """
     ranks = Ranks(rank, world_size, rank, world_size)
     with torch.device("meta"):
         model = scenario.model.build(scenario.parts, vocab_size=scenario.vocab_size, dtype=scenario.dtype)
@@ -94,6 +106,8 @@ def train_steps(rank: int, world_size: int, scenario: Scenario, layout: str | La
     for step in range(scenario.steps):
         batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
+        for name, executor in placed.executors().items() if plans else ():
+            executor.plan = plans(executor, name, step)
         optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
         if step == scenario.steps - 1:

@@ -88,7 +88,7 @@ class Trainer:
         """Build and place the model, allocate the optimizer."""
         check_vocabulary(config, data)
         device = ranks.device(config.train.device)
-        layout = config.parallel.resolve(ranks.world_size)
+        layout = config.parallel.resolve(ranks.world_size, timeout_seconds=config.launch.timeout_seconds)
         micro = config.micro_batch_size(layout.data_world_size)
 
         def plan(tokens: Any) -> BatchPlan:
@@ -215,7 +215,7 @@ class Trainer:
         layers = self.placed.model.moe_layers()
         rows = {name: int(layer.dispatched[: layers[name].experts.num_experts].sum()) for name, layer in result.statistics.items()}
         flops = self.flops.step(result.tokens, self.config.data.seq_len, rows) / max(1e-9, seconds - phases.seconds.get("evaluation", 0.0))
-        sent = dict(traffic)
+        sent = traffic.by_name()
         traffic.clear()
         if self.recorder is None:
             return

@@ -121,7 +121,7 @@ def test_glam_layer_with_drops():
 
     balance = SwitchBalanceConfig(scope="rank", num_groups=C["groups"]).build()(routing, ctx)
     assert_close(balance, DATA["layer.aux"][0], kind="golden")
-    y = layer.executor(x.reshape(tokens, -1), executed, layer.experts).view_as(x)
+    y = layer.executor(x.reshape(tokens, -1), executed, layer.experts, ctx).view_as(x)
     assert_close(y, DATA["layer.y"], kind="golden")
     ((y * DATA["layer.dy"]).sum() + balance).backward()
     assert_close(x.grad, DATA["layer.dx"], kind="golden")

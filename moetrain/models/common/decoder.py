@@ -46,6 +46,8 @@ class Block(nn.Module):
         return checkpoint(self.compute, x, shared, ctx, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 
     def compute(self, x: Tensor, shared: AttentionInput, ctx: ForwardContext) -> Tensor:
+        if isinstance(self.ffn, MoELayer):
+            self.ffn.prefetch(ctx.at(self.name))
         x = x + self.attn(self.attn_norm(x), shared)
         normed = self.ffn_norm(x)
         return x + (self.ffn(normed, ctx.at(self.name)) if isinstance(self.ffn, MoELayer) else self.ffn(normed))

@@ -56,13 +56,18 @@ class Cluster:
         """Ranks of each node, ascending."""
         return tuple(np.flatnonzero(self.node == node) for node in range(self.num_nodes))
 
+    @cached_property
+    def membership(self) -> Integers:
+        """[N, R] 1 where the rank is on the node: ``membership @ x`` sums over the ranks of each node."""
+        return (self.node == np.arange(self.num_nodes)[:, None]).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class PlacementPlan:
     """For one MoE layer and step: the owner of each expert and all holders of a copy, the owner included.
 
-    owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts, then its copies, each in ascending
-    order of their ids.
+    owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts by id, then its copies by owner and id,
+    which is the order in which one all-to-all delivers them.
     """
 
     owner: Integers
@@ -92,8 +97,9 @@ class PlacementPlan:
         return np.flatnonzero(self.owner == rank)
 
     def copied(self, rank: int) -> Integers:
-        """Ids of the experts of which a rank holds a copy without owning them, ascending."""
-        return np.flatnonzero(self.copies[:, rank])
+        """Ids of the experts of which a rank holds a copy without owning them, by owner and id."""
+        ids = np.flatnonzero(self.copies[:, rank])
+        return ids[np.argsort(self.owner[ids], kind="stable")]
 
     def slots(self, rank: int) -> Integers:
         """Ids of all experts that a rank can compute, in the order of its slots."""
@@ -104,7 +110,7 @@ class PlacementPlan:
         than ``extra_slots`` copies (None: any number)."""
         if self.owner.shape != (self.num_experts,):
             raise ValueError(f"owner has shape {self.owner.shape}, expected ({self.num_experts},)")
-        if self.num_experts and not (0 <= self.owner.min() and self.owner.max() < self.num_ranks):
+        if self.num_experts and not (self.owner.min() >= 0 and self.owner.max() < self.num_ranks):
             raise ValueError(f"owners must be ranks 0..{self.num_ranks - 1}, found {self.owner.min()}..{self.owner.max()}")
         missing = np.flatnonzero(~self.holders[np.arange(self.num_experts), self.owner])
         if missing.size:

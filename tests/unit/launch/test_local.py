@@ -9,7 +9,7 @@ import torch
 import moetrain.data
 import moetrain.train.run
 from moetrain.errors import ConfigError, DataError, TrainingError
-from moetrain.launch.local import train
+from moetrain.launch.local import ReportedError, train
 from moetrain.parallel.ranks import Ranks
 
 
@@ -66,8 +66,9 @@ def test_ctrl_c_ends_the_preparation_of_data(compose, trained, in_tmp, monkeypat
         raise AssertionError("still here")
 
     monkeypatch.setattr(moetrain.data, "prepare", prepare)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ReportedError, match="stopped before training began") as error:
         train(compose()[0])
+    assert error.value.exit_code == 130
     assert list(in_tmp.iterdir()) == []
 
 

@@ -1,0 +1,106 @@
+"""Small models and routings under which layouts are compared, from easy to awkward, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moetrain.components  # noqa: F401
+from moetrain.models.deepseek_moe import DeepSeekMoEConfig
+from moetrain.models.glam import GLaMConfig
+from moetrain.moe.context import RouterContext
+from moetrain.moe.layer import MoEParts
+from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routing import Routing, ragged_routing
+from moetrain.registry import lookup
+from moetrain.testing.layouts import Outcome, Scenario
+from moetrain.testing.tolerances import assert_close
+
+
+def deepseek(num_experts: int = 6, top_k: int = 2, router: dict[str, Any] | None = None, loss: Any = None, **scenario: Any) -> Scenario:
+    """Fine-grained experts, a shared one, two losses."""
+    model = DeepSeekMoEConfig(
+        hidden_size=16, num_layers=3, num_heads=2, head_dim=8, num_experts=num_experts, top_k=top_k, expert_width=12,
+        shared_width=8, dense_width=20, init_std=0.3,
+    )  # fmt: skip
+    parts = MoEParts(
+        router=lookup("router", "topk")(top_k=top_k, **(router or {})),
+        experts=lookup("experts", "ffn")(num_experts=num_experts, width=12),
+        capacity=lookup("capacity", "none")(),
+        loss=loss or {"balance": lookup("loss", "expert_balance")(coefficient=0.05), "z": lookup("loss", "z_loss")(coefficient=0.01)},
+    )
+    return Scenario(model=model, parts=parts, **scenario)
+
+
+def glam(**scenario: Any) -> Scenario:
+    """Two-matrix experts with capacity, relative attention bias."""
+    model = GLaMConfig(hidden_size=16, num_layers=2, num_heads=2, head_dim=8, num_experts=4, expert_width=12, dense_width=20)
+    parts = MoEParts(
+        router=lookup("router", "topk")(top_k=2, renormalise=True, renormalise_epsilon=1e-9),
+        experts=lookup("experts", "ffn")(num_experts=4, width=12, activation="relu", gated=False),
+        capacity=lookup("capacity", "slots")(factor=1.0, choices=1, round="down"),
+        loss={"balance": lookup("loss", "switch_balance")()},
+    )
+    return Scenario(model=model, parts=parts, **scenario)
+
+
+@dataclass(kw_only=True)
+class RaggedConfig:
+    """Every expert whose probability is above average: a different number for each token, also none."""
+
+    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> RaggedRouter:
+        return RaggedRouter(hidden_size, num_experts, dtype=dtype)
+
+
+class RaggedRouter(LinearRouter):
+    """Every expert above average, by chance."""
+
+    def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
+        logits = self.logits(x)
+        probs = torch.softmax(logits, dim=1)
+        chance = ctx.uniform("ragged", self.num_experts, dtype=probs.dtype)
+        selected = ctx.once("select", lambda: (probs > 1.0 / self.num_experts) & (chance < 0.7))
+        return ragged_routing(selected, probs, num_experts=self.num_experts, logits=logits, probs=probs, valid=ctx.valid)
+
+
+def ragged(**scenario: Any) -> Scenario:
+    """Any number of experts per token."""
+    made = deepseek(**scenario)
+    made.parts.router = RaggedConfig()
+    return made
+
+
+GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
+SCENARIOS = {
+    "deepseek": deepseek(),
+    "padded": deepseek(pad=True),
+    "fewer_experts_than_ranks": deepseek(num_experts=2),
+    "global_balance": deepseek(loss=GLOBAL, pad=True),
+    "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
+    "zero_experts": deepseek(router=dict(num_zero_experts=2)),
+    "all_to_one": deepseek(repeat_token=True),
+    "recompute": deepseek(recompute=True, pad=True),
+    "accumulate": deepseek(micro_batch_size=1),
+    "glam_capacity": glam(pad=True),
+    "ragged": ragged(pad=True),
+    "ragged_recompute": ragged(recompute=True),
+}
+
+
+def compare(actual: Outcome, expected: Outcome) -> None:
+    """Raises AssertionError unless losses, norms, loads, gradients and weights agree to the layout tolerance."""
+    for field in ("losses", "totals", "norms"):
+        assert_close(
+            torch.tensor(getattr(actual, field), dtype=torch.float64),
+            torch.tensor(getattr(expected, field), dtype=torch.float64),
+            kind="layout",
+        )
+    assert actual.selected == expected.selected
+    for field in ("gradients", "parameters"):
+        ours, reference = getattr(actual, field), getattr(expected, field)
+        assert ours.keys() == reference.keys()
+        for key in reference:
+            assert_close(ours[key], reference[key], kind="layout")

@@ -1,0 +1,48 @@
+"""Any placement computes what one process computes: random copies at each step, every way of moving and keeping them."""
+
+import numpy as np
+import pytest
+
+from moetrain.ops.noise import hash_text
+from moetrain.parallel.layouts import FSSDPSettings, Layout
+from moetrain.parallel.placement.plan import PlacementPlan
+from moetrain.testing.distributed import run_distributed
+from moetrain.testing.layouts import merge, train_steps
+from moetrain.testing.scenarios import SCENARIOS, compare
+
+
+def random_plan(executor, name, step):
+    """Every copy exists with probability 1/2; in some steps and layers there are none, in some all."""
+    owner = executor.plan.owner
+    rng = np.random.default_rng(hash_text(f"{name}/{step}"))
+    holders = rng.random((owner.size, executor.plan.num_ranks)) < rng.choice([0.0, 0.5, 0.5, 1.0])
+    holders[np.arange(owner.size), owner] = True
+    plan = PlacementPlan(owner, holders)
+    plan.validate()
+    return plan
+
+
+SETTINGS = {
+    "quota": dict(),
+    "even": dict(split="even"),
+    "rematerialize": dict(rematerialize=True),
+    "chunks": dict(),
+    "chunks_rematerialize": dict(rematerialize=True),
+    "two_stage": dict(transport="two_stage"),
+    "striped": dict(transport="striped", rematerialize=True),
+}
+CASES = [
+    ("deepseek", "quota", 2, 1), ("padded", "even", 4, 1), ("all_to_one", "quota", 4, 1), ("recompute", "rematerialize", 4, 1),
+    ("fewer_experts_than_ranks", "rematerialize", 4, 1), ("recompute", "quota", 2, 1), ("accumulate", "rematerialize", 2, 1),
+    ("glam_capacity", "even", 2, 1), ("ragged", "chunks", 4, 1), ("ragged_recompute", "chunks_rematerialize", 4, 1),
+    ("zero_experts", "chunks", 2, 1), ("deepseek", "quota", 4, 2), ("aux_free", "two_stage", 4, 1), ("deepseek", "striped", 4, 1),
+    ("accumulate", "chunks", 4, 1), ("deepseek", "quota", 8, 1), ("padded", "striped", 4, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings", "world_size", "replicate"), CASES, ids=lambda v: str(v))
+def test_random_placements_change_nothing(name, settings, world_size, replicate):
+    scenario = SCENARIOS[name]
+    expected = train_steps(0, 1, scenario, "single")
+    layout = Layout("fssdp", replicate, world_size // replicate, FSSDPSettings(**SETTINGS[settings]), 2, 3 if "chunks" in settings else 1)
+    compare(merge(run_distributed(train_steps, world_size, scenario, layout, replicate, random_plan)), expected)
