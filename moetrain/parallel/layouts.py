@@ -8,8 +8,8 @@ from typing import Literal
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
+from moetrain.parallel.placement.cost import Transport
 from moetrain.parallel.ranks import Ranks
-from moetrain.parallel.transport import Transport
 from moetrain.registry import register
 
 LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp_paper", "fssdp"]
@@ -28,7 +28,9 @@ class FSSDPSettings:
     split: Literal["quota", "even"] = setting("quota", doc="tokens over copies: quotas that balance ranks, or evenly after local copies")
     transport: Transport = setting("direct", doc="copies travel from owner to holders, once per node (two_stage), or by stripes")
     rematerialize: bool = setting(False, doc="free copies after the forward pass and fetch them again for the backward")
-    prediction: Literal["window", "exponential", "last"] = setting("window", doc="of loads: mean of the last steps, decaying mean, last step")
+    prediction: Literal["window", "exponential", "last"] = setting(
+        "window", doc="of loads: mean of the last steps, decaying mean, last step"
+    )
     window: int = setting(5, doc="steps of the sliding window [2502.02581 section 4.2]", ge=1)
     decay: float = setting(0.8, doc="weight of the past in the exponential prediction", gt=0, lt=1)
     reshard_every: int = setting(0, doc="steps between new choices of owners by heterogeneous sharding; 0: never", ge=0)
@@ -72,7 +74,9 @@ class ParallelConfig(Component):
 
     tensor: int = setting(1, doc="ranks that split each matrix", ge=1)
     replicate: int = setting(1, doc="replicas of the sharded state (HSDP); gradients are summed across them", ge=1)
-    nodes: int | None = setting(None, doc="nodes that the ranks are on, equally many on each; default: as torchrun or SLURM started them", ge=1)
+    nodes: int | None = setting(
+        None, doc="nodes that the ranks are on, equally many on each; default: as torchrun or SLURM started them", ge=1
+    )
 
     def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
         """What this layout requires of the number of ranks."""
@@ -178,7 +182,9 @@ class FSSDPConfig(PlacedConfig):
         yield from super().check(path, world_size=world_size, num_experts=num_experts)
         foreign = num_experts - num_experts // max(1, world_size // self.replicate)
         if self.fssdp.extra_slots > foreign:
-            yield Problem(f"{path}.fssdp.extra_slots", self.fssdp.extra_slots, f"must be <= {foreign}, the experts that a rank does not own")
+            yield Problem(
+                f"{path}.fssdp.extra_slots", self.fssdp.extra_slots, f"must be <= {foreign}, the experts that a rank does not own"
+            )
 
     def layout_name(self, world_size: int) -> LayoutName:
         return "fssdp"

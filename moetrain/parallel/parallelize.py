@@ -7,10 +7,12 @@ experts, what a rank's part of the checkpoint is, how gradients become global on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,14 +21,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moetrain.models.common.decoder import Decoder
 from moetrain.models.common.init import Init, draw
-from moetrain.moe.context import LocalReducer, Reducer
+from moetrain.moe.context import LayerStatistics, LocalReducer, Reducer
 from moetrain.moe.experts import Experts
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.collectives import GroupReducer
-from moetrain.parallel.executor import Links, PlacedExecutor, even_owners
+from moetrain.parallel.executor import Links, PlacedExecutor
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.placement.dispatch import split_even, split_quota
-from moetrain.parallel.placement.plan import Cluster
+from moetrain.parallel.placement.plan import Cluster, Integers
+from moetrain.parallel.placement.planners import even_sharding, heterogeneous_sharding
+from moetrain.parallel.placement.predict import SlidingWindow
+from moetrain.parallel.placement.scheduler import LayerFigures, LayerScheduler
 from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.scheduling import layer_cost, make_planner, make_predictor, overlap_degree
 from moetrain.parallel.transport import new_peers
 
 
@@ -41,6 +48,7 @@ class ParallelModel:
 
     owned: names of the expert parameters of which each rank holds its own rows as plain tensors (ep); all other
     parameters are DTensors, or plain on one process. world, replicas: process groups, None on one process.
+    schedulers: plans of placed experts, by MoE layer.
     """
 
     model: Decoder
@@ -49,6 +57,46 @@ class ParallelModel:
     owned: frozenset[str]
     world: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
+    schedulers: dict[str, LayerScheduler] = field(default_factory=dict)
+    overlap_degree: int = 0
+    loads: SlidingWindow = field(default_factory=SlidingWindow)
+    """Global loads [L, E] of the last steps, from which owners are chosen."""
+
+    def begin_step(self) -> None:
+        """Choose the copies of the next step."""
+        executors = self.executors()
+        for name, scheduler in self.schedulers.items():
+            executors[name].plan = scheduler.plan()
+
+    def end_step(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, LayerFigures]:
+        """Take the loads of a step into the histories. statistics: of all ranks. Returns figures by MoE layer."""
+        figures = {}
+        for name, executor in self.executors().items():
+            seen = executor.take_observation()
+            if seen is not None:
+                figures[name] = self.schedulers[name].observe(seen, executor.plan)
+        if self.schedulers:
+            layers = self.model.moe_layers()
+            loads = [statistics[name].dispatched[: layers[name].experts.num_experts].cpu().numpy() for name in self.schedulers]
+            self.loads.push(np.stack(loads))
+        return figures
+
+    def new_owners(self) -> dict[str, Integers]:
+        """Owners by heterogeneous sharding (Hecate's Algorithm 2) from the loads of the last steps."""
+        loads = self.loads.predict()
+        if loads is None:
+            return {name: scheduler.owner for name, scheduler in self.schedulers.items()}
+        current = np.stack([scheduler.owner for scheduler in self.schedulers.values()])
+        cluster = next(iter(self.executors().values())).links.cluster
+        owners = heterogeneous_sharding(loads, cluster, self.overlap_degree, current)
+        return dict(zip(self.schedulers, owners, strict=True))
+
+    def placement_state(self) -> dict[str, Any]:
+        """Owners and load histories as JSON values: with them a resumed run plans as the interrupted one would have."""
+        if not self.schedulers:
+            return {}
+        layers = {name: scheduler.state() for name, scheduler in self.schedulers.items()}
+        return {"layout": self.layout.name, "shard": self.layout.shard, "layers": layers, "loads": self.loads.state()}
 
     def executors(self) -> dict[str, PlacedExecutor]:
         """Executors that place experts, by the name of their MoE layer."""
@@ -141,9 +189,12 @@ def find_init(model: Decoder, name: str) -> Init:
     raise KeyError(f"no initialiser for {name}")
 
 
-def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.device, recompute: bool = False) -> ParallelModel:
+def parallelize(
+    model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.device, recompute: bool = False, tokens_per_pass: int = 0
+) -> ParallelModel:
     """Place a model that was built on the meta device; its weights are allocated but not initialised.
 
+    recompute: activation checkpointing of every block. tokens_per_pass: of a rank's forward pass, for the cost model.
     Collective if the layout has several ranks; the default process group must exist.
     """
     for block in model.layers:
@@ -153,35 +204,57 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
         return ParallelModel(model, layout, device, frozenset())
 
     mesh = init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
-    shard_rank = mesh.get_local_rank("shard")
+    placement: dict[str, Any] = {}
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
     if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        links = connect(mesh, ranks, layout, device)
-        for layer in model.moe_layers().values():
-            owners = even_owners(layer.experts.num_experts, layout.shard)
-            layer.experts.hold(owners[shard_rank])
-            owner = [rank for rank, ids in enumerate(owners) for _ in ids]
-            layer.executor = PlacedExecutor(
-                owner,
-                links,
-                device,
-                dtype=model.compute_dtype,
-                split=split_even if layout.fssdp.split == "even" else split_quota,
-                transport=layout.fssdp.transport,
-                rematerialize=layout.fssdp.rematerialize,
-                recompute=recompute,
-                degree=layout.degree,
-            )
+        placement = place_experts(model, layout, connect(mesh, ranks, layout, device), device, recompute, tokens_per_pass)
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
             chunks = torch.arange(module.num_experts).chunk(layout.shard)
+            shard_rank = mesh.get_local_rank("shard")
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
-    return ParallelModel(model, layout, device, owned, world=dist.group.WORLD, replicas=mesh.get_group("replicate"))
+    groups = {"world": dist.group.WORLD, "replicas": mesh.get_group("replicate")}
+    return ParallelModel(model, layout, device, owned, **groups, **placement)
+
+
+def place_experts(
+    model: Decoder, layout: Layout, links: Links, device: torch.device, recompute: bool, tokens_per_pass: int
+) -> dict[str, Any]:
+    """Narrow the experts of every MoE layer to their owners and give it the executor and the scheduler of the layout.
+
+    Returns those fields of ParallelModel.
+    """
+    settings, schedulers, degrees = layout.fssdp, {}, []
+    for block in model.layers:
+        layer = block.ffn
+        if not isinstance(layer, MoELayer):
+            continue
+        mixer_flops = 2.0 * tokens_per_pass * sum(p.numel() for p in block.attn.parameters())
+        hidden_size = model.embed.shape[1]
+        cost = layer_cost(layer.experts, hidden_size, model.compute_dtype, settings, mixer_flops=mixer_flops, cluster=links.cluster)
+        degrees.append(overlap_degree(settings, links.cluster, cost))
+        owner = even_sharding(layer.experts.num_experts, links.tokens.size)
+        layer.experts.hold(np.flatnonzero(owner == links.tokens.rank).tolist())
+        schedulers[f"{block.name}.ffn"] = LayerScheduler(
+            owner, links.tokens.size, make_planner(settings, links.cluster, cost), make_predictor(settings)
+        )
+        layer.executor = PlacedExecutor(
+            owner,
+            links,
+            device,
+            dtype=model.compute_dtype,
+            split=split_even if settings.split == "even" else split_quota,
+            transport=settings.transport,
+            rematerialize=settings.rematerialize,
+            recompute=recompute,
+            degree=layout.degree,
+        )
+    return {"schedulers": schedulers, "overlap_degree": min(degrees, default=0)}
 
 
 def connect(mesh: dist.device_mesh.DeviceMesh, ranks: Ranks, layout: Layout, device: torch.device) -> Links:
@@ -192,7 +265,7 @@ def connect(mesh: dist.device_mesh.DeviceMesh, ranks: Ranks, layout: Layout, dev
         nodes = layout.nodes_of(group, ranks)
         tokens, gather, reduce = (new_peers(group, nodes, layout.timeout_seconds) for _ in range(3))
         if ranks.rank in group:
-            mine.append(Links(tokens, gather, reduce, Cluster(nodes)))
+            mine.append(Links(tokens, gather, reduce, default_cluster(nodes, device)))
     return mine[0]
 
 
@@ -208,3 +281,11 @@ def apply_fsdp(model: Decoder, mesh: dist.device_mesh.DeviceMesh, owned: frozens
     for block in model.layers:
         fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored)
     fully_shard(model, mesh=fsdp_mesh, ignored_params=ignored)
+
+
+def default_cluster(node_of: tuple[int, ...], device: torch.device) -> Cluster:
+    """Links and processors as assumed without a measured profile: H100s with NVLink and 400 Gbit/s per node, or CPU
+    cores that talk over loopback."""
+    if device.type == "cuda":
+        return Cluster(node_of, intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=400e12)
+    return Cluster(node_of, intra_bandwidth=1e9, inter_bandwidth=1e9, latency=1e-3, flops=80e9)
