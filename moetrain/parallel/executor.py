@@ -24,8 +24,10 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
 from moetrain.parallel.collectives import Exchange, Peers, gather_counts
+from moetrain.parallel.placement.cost import Transport
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
-from moetrain.parallel.transport import PendingGather, PendingReduce, Route, Transfer, Transport
+from moetrain.parallel.placement.scheduler import Observation
+from moetrain.parallel.transport import PendingGather, PendingReduce, Route, Transfer
 
 Split = Callable[[Integers, PlacementPlan, Cluster], Integers]
 """counts [R, E] rows that each rank has for each expert -> [R, E, R] how many of them it sends to each rank."""
@@ -55,14 +57,14 @@ class Dispatch:
     """The discrete side of one execution: everything that a recomputed pass must find unchanged.
 
     entry, token: [n] int64, the routing's entry and source row of each row in sending order; place_TK: their inverse
-    if every token has K. counts: [R, E] rows that each rank has for each expert.
+    if every token has K.
     """
 
     entry: Tensor
     token: Tensor
     place_TK: Tensor | None
     chunks: list[Chunk]
-    counts: Integers
+    seen: Observation
 
 
 class Copies:
@@ -180,8 +182,8 @@ class PlacedExecutor:
         self.links, self.device, self.dtype, self.split, self.transport = links, device, dtype, split, transport
         self.rematerialize, self.recompute, self.degree = rematerialize, recompute, degree
         self.plan = PlacementPlan.owners_only(owner, links.tokens.size)
-        self.counts: Integers | None = None
-        """[R, E] rows dispatched in training since the last :meth:`take_counts`, before any split."""
+        self.seen: Observation | None = None
+        """What training passes have dispatched since the last :meth:`take_observation`."""
         self.live: list[Copies] = []
         """Copies whose gradients have not been added yet."""
 
@@ -217,10 +219,10 @@ class PlacedExecutor:
             found[ctx.name] = copies
         return found[ctx.name]
 
-    def take_counts(self) -> Integers | None:
-        """Counts accumulated by training passes, which start from zero again."""
-        counts, self.counts = self.counts, None
-        return counts
+    def take_observation(self) -> Observation | None:
+        """The loads of the training passes of a step, which start from zero again."""
+        seen, self.seen = self.seen, None
+        return seen
 
     def add_gradients(self) -> None:
         """After the last backward of a step: add what copies have sent to the owned parameters' gradients."""
@@ -231,7 +233,7 @@ class PlacedExecutor:
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor:
         plan = ctx.once("dispatch", lambda: self.dispatch(routing))
         if ctx.training and not ctx.forward.recomputing:
-            self.counts = plan.counts if self.counts is None else self.counts + plan.counts
+            self.seen = plan.seen if self.seen is None else self.seen + plan.seen
         copies = self.copies(experts, ctx) if self.replicated else None
         rows = gather_rows(x, plan.token, plan.place_TK)
 
@@ -295,7 +297,7 @@ class PlacedExecutor:
                 inverse = torch.empty_like(permutation)
                 inverse[permutation] = torch.arange(permutation.numel(), device=self.device)
                 place_TK = inverse[place_TK]
-        return Dispatch(entry, token, place_TK, chunks, counts)
+        return Dispatch(entry, token, place_TK, chunks, Observation(counts, rows.sum(axis=(0, 1))))
 
     def chunk(self, rows: Integers, rank: int) -> Chunk:
         """This rank's side of moving rows [R, E, R]."""
@@ -330,10 +332,3 @@ def regroup(counts: Tensor) -> tuple[Tensor, Tensor]:
     by_source = torch.empty_like(by_slot)
     by_source[by_slot] = torch.arange(by_slot.numel(), device=counts.device)
     return by_slot, by_source
-
-
-def even_owners(num_experts: int, ranks: int) -> list[list[int]]:
-    """Neighbouring experts to each rank, as evenly as possible; ranks beyond the number of experts own none."""
-    base, extra = divmod(num_experts, ranks)
-    starts = [rank * base + min(rank, extra) for rank in range(ranks + 1)]
-    return [list(range(starts[rank], starts[rank + 1])) for rank in range(ranks)]

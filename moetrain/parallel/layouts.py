@@ -8,8 +8,8 @@ from typing import Literal
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
+from moetrain.parallel.placement.cost import Transport
 from moetrain.parallel.ranks import Ranks
-from moetrain.parallel.transport import Transport
 from moetrain.registry import register
 
 LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp_paper", "fssdp"]
@@ -63,6 +63,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.data_world_size * self.tensor
+
+    @property
+    def expert_ranks(self) -> int:
+        """Owners of experts in each replica: ranks, or groups of ranks that share their experts."""
+        return self.shard * self.tensor // self.expert_tensor
 
     def tensor_groups(self) -> list[list[int]]:
         """Global ranks that split matrices together and see the same data."""

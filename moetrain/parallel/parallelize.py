@@ -7,10 +7,12 @@ experts, what a rank's part of the checkpoint is, how gradients become global on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,15 +21,20 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moetrain.models.common.decoder import Decoder
 from moetrain.models.common.init import Init, draw
-from moetrain.moe.context import LocalReducer, Reducer
+from moetrain.moe.context import LayerStatistics, LocalReducer, Reducer
 from moetrain.moe.experts import Experts
+from moetrain.moe.layer import MoELayer
 from moetrain.parallel.collectives import GroupReducer, Peers
 from moetrain.parallel.dense import SlicedExecutor, split_dense, sum_in_place
-from moetrain.parallel.executor import Links, PlacedExecutor, even_owners
+from moetrain.parallel.executor import Links, PlacedExecutor
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.placement.dispatch import split_even, split_quota
-from moetrain.parallel.placement.plan import Cluster
+from moetrain.parallel.placement.plan import Cluster, Integers
+from moetrain.parallel.placement.planners import even_sharding, heterogeneous_sharding
+from moetrain.parallel.placement.predict import SlidingWindow
+from moetrain.parallel.placement.scheduler import LayerFigures, LayerScheduler
 from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.scheduling import layer_cost, make_planner, make_predictor, overlap_degree
 from moetrain.parallel.transport import new_peers
 
 
@@ -44,7 +51,7 @@ class ParallelModel:
     parameters are DTensors, or plain on one process. partial: names of those that all ranks of a tensor group hold
     alike, each with its own part of the gradient. Process groups, None on one process: world, data (ranks with different
     data that hold the same parts of matrices), replicas; tensor, None without tensor parallelism. expert_parts: mesh of
-    the ranks that share each owned expert, None if experts are whole.
+    the ranks that share each owned expert, None if experts are whole. schedulers: plans of placed experts, by MoE layer.
     """
 
     model: Decoder
@@ -57,6 +64,46 @@ class ParallelModel:
     replicas: dist.ProcessGroup | None = None
     tensor: dist.ProcessGroup | None = None
     expert_parts: DeviceMesh | None = None
+    schedulers: dict[str, LayerScheduler] = field(default_factory=dict)
+    overlap_degree: int = 0
+    loads: SlidingWindow = field(default_factory=SlidingWindow)
+    """Global loads [L, E] of the last steps, from which owners are chosen."""
+
+    def begin_step(self) -> None:
+        """Choose the copies of the next step."""
+        executors = self.executors()
+        for name, scheduler in self.schedulers.items():
+            executors[name].plan = scheduler.plan()
+
+    def end_step(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, LayerFigures]:
+        """Take the loads of a step into the histories. statistics: of all ranks. Returns figures by MoE layer."""
+        figures = {}
+        for name, executor in self.executors().items():
+            seen = executor.take_observation()
+            if seen is not None:
+                figures[name] = self.schedulers[name].observe(seen, executor.plan)
+        if self.schedulers:
+            layers = self.model.moe_layers()
+            loads = [statistics[name].dispatched[: layers[name].experts.num_experts].cpu().numpy() for name in self.schedulers]
+            self.loads.push(np.stack(loads))
+        return figures
+
+    def new_owners(self) -> dict[str, Integers]:
+        """Owners by heterogeneous sharding (Hecate's Algorithm 2) from the loads of the last steps."""
+        loads = self.loads.predict()
+        if loads is None:
+            return {name: scheduler.owner for name, scheduler in self.schedulers.items()}
+        current = np.stack([scheduler.owner for scheduler in self.schedulers.values()])
+        cluster = next(iter(self.executors().values())).links.cluster
+        owners = heterogeneous_sharding(loads, cluster, self.overlap_degree, current)
+        return dict(zip(self.schedulers, owners, strict=True))
+
+    def placement_state(self) -> dict[str, Any]:
+        """Owners and load histories as JSON values: with them a resumed run plans as the interrupted one would have."""
+        if not self.schedulers:
+            return {}
+        layers = {name: scheduler.state() for name, scheduler in self.schedulers.items()}
+        return {"layout": self.layout.name, "ranks": self.layout.expert_ranks, "layers": layers, "loads": self.loads.state()}
 
     def executors(self) -> dict[str, PlacedExecutor]:
         """Executors that place experts, by the name of their MoE layer."""
@@ -159,9 +206,12 @@ def find_init(model: Decoder, name: str) -> Init:
     raise KeyError(f"no initialiser for {name}")
 
 
-def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.device, recompute: bool = False) -> ParallelModel:
+def parallelize(
+    model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.device, recompute: bool = False, tokens_per_pass: int = 0
+) -> ParallelModel:
     """Place a model that was built on the meta device; its weights are allocated but not initialised.
 
+    recompute: activation checkpointing of every block. tokens_per_pass: of a rank's forward pass, for the cost model.
     Collective if the layout has several ranks; the default process group must exist.
     """
     for block in model.layers:
@@ -171,41 +221,67 @@ def parallelize(model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.d
         return ParallelModel(model, layout, device, frozenset())
 
     mesh = init_device_mesh(device.type, (layout.replicate, layout.shard, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor"))
-    shard_rank = mesh.get_local_rank("shard")
+    placement: dict[str, Any] = {}
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
     if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        links = connect(layout, ranks)
-        for layer in model.moe_layers().values():
-            owners = even_owners(layer.experts.num_experts, links.tokens.size)
-            layer.experts.hold(owners[links.tokens.rank])
-            layer.experts.split(layout.expert_tensor)
-            owner = [rank for rank, ids in enumerate(owners) for _ in ids]
-            layer.executor = PlacedExecutor(
-                owner,
-                links,
-                device,
-                dtype=model.compute_dtype,
-                split=split_even if layout.fssdp.split == "even" else split_quota,
-                transport=layout.fssdp.transport,
-                rematerialize=layout.fssdp.rematerialize,
-                recompute=recompute,
-                degree=layout.degree,
-            )
+        placement = place_experts(model, layout, connect(layout, ranks, device), device, recompute, tokens_per_pass)
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
             chunks = torch.arange(module.num_experts).chunk(layout.shard)
+            shard_rank = mesh.get_local_rank("shard")
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
-    placed = ParallelModel(
-        model, layout, device, owned, world=dist.group.WORLD, data=dist.group.WORLD, replicas=mesh.get_group("replicate")
-    )
+    groups = {"world": dist.group.WORLD, "data": dist.group.WORLD, "replicas": mesh.get_group("replicate")}
+    placed = ParallelModel(model, layout, device, owned, **groups, **placement)
     if layout.tensor > 1:
         split_over_tensor_ranks(placed, mesh["tensor"], ranks)
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
     return placed
+
+
+def place_experts(
+    model: Decoder, layout: Layout, links: Links, device: torch.device, recompute: bool, tokens_per_pass: int
+) -> dict[str, Any]:
+    """Narrow the experts of every MoE layer to their owners and give it the executor and the scheduler of the layout.
+
+    Returns those fields of ParallelModel.
+    """
+    settings, schedulers, degrees = layout.fssdp, {}, []
+    for block in model.layers:
+        layer = block.ffn
+        if not isinstance(layer, MoELayer):
+            continue
+        layer.experts.split(layout.expert_tensor)
+        mixer_flops = 2.0 * tokens_per_pass * sum(p.numel() for p in block.attn.parameters()) / layout.tensor
+        hidden_size = model.embed.shape[1]
+        cost = layer_cost(layer.experts, hidden_size, model.compute_dtype, settings, mixer_flops=mixer_flops, cluster=links.cluster)
+        degrees.append(overlap_degree(settings, links.cluster, cost))
+        owner = even_sharding(layer.experts.num_experts, links.tokens.size)
+        layer.experts.hold(np.flatnonzero(owner == links.tokens.rank).tolist())
+        schedulers[f"{block.name}.ffn"] = LayerScheduler(
+            owner, links.tokens.size, make_planner(settings, links.cluster, cost), make_predictor(settings)
+        )
+        layer.executor = PlacedExecutor(
+            owner,
+            links,
+            device,
+            dtype=model.compute_dtype,
+            split=split_even if settings.split == "even" else split_quota,
+            transport=settings.transport,
+            rematerialize=settings.rematerialize,
+            recompute=recompute,
+            degree=layout.degree,
+        )
+    return {"schedulers": schedulers, "overlap_degree": min(degrees, default=0)}
+
+
+def connect(layout: Layout, ranks: Ranks, device: torch.device) -> Links:
+    """Communicators over this rank's expert group. Collective over the world."""
+    tokens, gather, reduce = (join(layout.expert_groups(), layout, ranks) for _ in range(3))
+    return Links(tokens, gather, reduce, default_cluster(tokens.node_of, device))
 
 
 def split_over_tensor_ranks(placed: ParallelModel, mesh: DeviceMesh, ranks: Ranks) -> None:
@@ -226,12 +302,6 @@ def join(groups: Sequence[Sequence[int]], layout: Layout, ranks: Ranks) -> Peers
     return next(mine for group, mine in zip(groups, peers, strict=True) if ranks.rank in group)
 
 
-def connect(layout: Layout, ranks: Ranks) -> Links:
-    """Communicators over this rank's expert group. Collective over the world."""
-    tokens, gather, reduce = (join(layout.expert_groups(), layout, ranks) for _ in range(3))
-    return Links(tokens, gather, reduce, Cluster(tokens.node_of))
-
-
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:
     """FSDP2 per block and for the rest; parameters named in ``owned`` are left alone.
 
@@ -244,3 +314,11 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybri
     for block in model.layers:
         fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored)
     fully_shard(model, mesh=fsdp_mesh, ignored_params=ignored)
+
+
+def default_cluster(node_of: tuple[int, ...], device: torch.device) -> Cluster:
+    """Links and processors as assumed without a measured profile: H100s with NVLink and 400 Gbit/s per node, or CPU
+    cores that talk over loopback."""
+    if device.type == "cuda":
+        return Cluster(node_of, intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=400e12)
+    return Cluster(node_of, intra_bandwidth=1e9, inter_bandwidth=1e9, latency=1e-3, flops=80e9)

@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.parallel.collectives import Peers, Work, count_traffic, start_all_to_all
-from moetrain.parallel.placement.plan import Cluster, PlacementPlan
-
-Transport = Literal["direct", "two_stage", "striped"]
-"""direct: owners send to every holder. two_stage: once to each node, whose receiver passes it on to the others.
-striped: an owner's node sends with all its ranks at once, each one stripe of the expert."""
+from moetrain.parallel.placement.cost import Transport
+from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan, relays
 
 Piece = tuple[int, int]
 """(expert, stripe)"""
@@ -49,16 +45,24 @@ class Route:
 
     @classmethod
     def of(cls, plan: PlacementPlan, cluster: Cluster, transport: Transport = "direct") -> Route:
-        """The messages that turn owners into holders."""
+        """The messages that turn owners into holders.
+
+        direct: owners send to every holder. two_stage: once to each importing node, whose relay passes the expert on.
+        striped: all ranks of the owner's node send at once, each one stripe, to the rank in its place of the importing
+        node. :func:`moetrain.parallel.placement.cost.gather_traffic` counts the same messages without making them.
+        """
         if transport == "direct":
             experts, ranks = plan.copies.nonzero()
             messages = (Message(int(plan.owner[e]), int(r), int(e)) for e, r in zip(experts, ranks, strict=True))
             return cls((tuple(sorted(messages)),))
-        build = _two_stage if transport == "two_stage" else _striped
         stripes = 1 if transport == "two_stage" else max(len(members) for members in cluster.members)
         stages: list[set[Message]] = [set(), set(), set()]
+        relay = relays(plan, cluster)
         for expert in plan.copies.any(axis=1).nonzero()[0].tolist():
-            build(stages, expert, plan, cluster, stripes)
+            if transport == "two_stage":
+                _two_stage(stages, expert, plan, cluster, relay[expert])
+            else:
+                _striped(stages, expert, plan, cluster, stripes)
         return cls(tuple(tuple(sorted(stage)) for stage in stages if stage), stripes)
 
     def cut(self, size: int) -> list[int]:
@@ -66,14 +70,14 @@ class Route:
         return [size * (i + 1) // self.stripes - size * i // self.stripes for i in range(self.stripes)]
 
 
-def _two_stage(stages: list[set[Message]], expert: int, plan: PlacementPlan, cluster: Cluster, stripes: int) -> None:
+def _two_stage(stages: list[set[Message]], expert: int, plan: PlacementPlan, cluster: Cluster, relay: Integers) -> None:
     owner = int(plan.owner[expert])
     for node, members in enumerate(cluster.members):
         holders = [int(r) for r in members if plan.copies[expert, r]]
         if node == cluster.node_of[owner]:
             stages[0].update(Message(owner, holder, expert) for holder in holders)
         elif holders:
-            first = holders[expert % len(holders)]  # spreads the experts over a node's ranks
+            first = int(relay[node])
             stages[0].add(Message(owner, first, expert))
             stages[1].update(Message(first, holder, expert) for holder in holders if holder != first)
 

@@ -19,9 +19,10 @@ from moetrain.objectives.batch import IGNORE, Batch
 from moetrain.objectives.language_modeling import LanguageModelingConfig
 from moetrain.parallel.executor import PlacedExecutor
 from moetrain.parallel.layouts import Layout
-from moetrain.parallel.placement.plan import PlacementPlan
 from moetrain.parallel.parallelize import ParallelModel, parallelize
+from moetrain.parallel.placement.plan import PlacementPlan
 from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.reshard import reshard
 from moetrain.train.metrics import Phases
 from moetrain.train.optim import AdamWConfig
 from moetrain.train.step import accumulate_gradients, count_units
@@ -106,6 +107,7 @@ def train_steps(
     for step in range(scenario.steps):
         batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
+        placed.begin_step()
         for name, executor in placed.executors().items() if plans else ():
             executor.plan = plans(executor, name, step)
         optimizer.zero_grad(set_to_none=True)
@@ -116,6 +118,8 @@ def train_steps(
         optimizer.step()
         for name, layer in placed.model.moe_layers().items():
             layer.router.end_step(result.statistics[name])
+        placed.end_step(result.statistics)
+        reshard(placed, optimizer, step + 1)
         outcome.losses.append(result.loss)
         outcome.totals.append(result.loss_total)
         outcome.norms.append(norm.item())

@@ -48,6 +48,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self.path = path
         with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 keep_until(path, resumed_step)
             self.file = path.open("a", encoding="utf-8")

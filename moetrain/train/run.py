@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from moetrain.models.common.decoder import Decoder
 from moetrain.moe.layer import MoEParts
 from moetrain.parallel.collectives import traffic
 from moetrain.parallel.parallelize import ParallelModel, parallelize
+from moetrain.parallel.placement.scheduler import LayerFigures
 from moetrain.parallel.ranks import Ranks
+from moetrain.parallel.reshard import reshard, restore_placement
 from moetrain.train import checkpoint, faults
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.data import BatchPlan
@@ -80,6 +82,7 @@ class Trainer:
     progress: Progress
     display: Display
     recorder: Recorder | None = None
+    traces: MetricsFile | None = None
     last_evaluation: dict[str, float] | None = None
     saved_step: int = -1
 
@@ -97,7 +100,8 @@ class Trainer:
 
         model = build_model(config, data.vocab_size)
         flops, size = FlopCounter(model), count_parameters(model)
-        placed = parallelize(model, layout, ranks, device=device, recompute=config.train.recompute)
+        tokens = micro * config.data.seq_len
+        placed = parallelize(model, layout, ranks, device=device, recompute=config.train.recompute, tokens_per_pass=tokens)
         placed.initialise(config.train.seed)
         placed.model.train()
         display = Display.open(config.logging.display if ranks.is_main else "none", total=config.train.steps)
@@ -126,6 +130,8 @@ class Trainer:
         own = checkpoint.newest_good(self.run_dir / "checkpoints")
         path = own or starting_checkpoint(self.config.checkpoint.resume)
         if path is not None:
+            if own:
+                restore_placement(self.placed, self.optimizer, checkpoint.read_info(path).info.get("placement", {}))
             checkpoint.load(path, all_tensors(self.placed, self.optimizer), complete=True, verified=True)
             info = checkpoint.read_info(path).info
             if info["data"] != self.data.content_hash:
@@ -138,6 +144,8 @@ class Trainer:
             self.data.save_tokenizer(self.run_dir)
             file = MetricsFile(self.run_dir / "metrics.jsonl", resumed_step=self.progress.step)
             self.recorder = Recorder(file, open_sinks(self.config.logging, self.run_dir, dump(self.config)))
+            if self.config.metrics.trace_routing:
+                self.traces = MetricsFile(self.run_dir / "traces" / "loads.jsonl", resumed_step=self.progress.step)
 
     def train_step(self, stop: Stop) -> int | None:
         """One optimizer step with its metrics, evaluation and checkpoint. If a signal has reached any rank, all return
@@ -157,6 +165,7 @@ class Trainer:
             return next(number for number, count in enumerate(votes, start=1) if count)
         for layer in self.placed.model.moe_layers().values():
             layer.router.begin_step(progress.step, config.train.steps)
+        self.placed.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(
             self.placed,
@@ -171,10 +180,15 @@ class Trainer:
         with phases("optimizer"):
             lr, norm, skipped = self.update(result)
         progress.step += 1
+        with phases("placement"):
+            placement = self.placed.end_step(result.statistics)
+            self.trace(placement)
+            moved = reshard(self.placed, self.optimizer, progress.step)
         progress.position += config.train.global_batch_size
         with phases("evaluation"):
             self.maybe_evaluate()
-        self.record(result, phases, lr=lr, norm=norm, skipped=skipped, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.record(result, placement, phases, lr=lr, norm=norm, skipped=skipped, moved=moved, seconds=seconds)
         if progress.step % config.checkpoint.every_steps == 0:
             self.save()
         if progress.skipped_in_a_row >= config.train.max_skipped_steps:
@@ -210,12 +224,29 @@ class Trainer:
             loss, tokens = evaluate_loss(self.placed, self.objective, batches)
             self.last_evaluation = {"eval_loss": loss, "eval_tokens": tokens}
 
-    def record(self, result: StepResult, phases: Phases, *, lr: float, norm: float, skipped: bool, seconds: float) -> None:
+    def trace(self, placement: Mapping[str, LayerFigures]) -> None:
+        """With metrics.trace_routing: a line of traces/loads.jsonl with the loads of this step by layer, rank and expert."""
+        if self.traces is not None:
+            loads = {name: figures.counts.tolist() for name, figures in placement.items()}
+            self.traces.write({"step": self.progress.step, "loads": loads})
+
+    def record(
+        self,
+        result: StepResult,
+        placement: Mapping[str, LayerFigures],
+        phases: Phases,
+        *,
+        lr: float,
+        norm: float,
+        skipped: bool,
+        moved: int,
+        seconds: float,
+    ) -> None:
         """Write this step's line (main rank) and show it."""
         layers = self.placed.model.moe_layers()
         rows = {name: int(layer.dispatched[: layers[name].experts.num_experts].sum()) for name, layer in result.statistics.items()}
         flops = self.flops.step(result.tokens, self.config.data.seq_len, rows) / max(1e-9, seconds - phases.seconds.get("evaluation", 0.0))
-        sent = traffic.by_name()
+        sent, waited = traffic.by_name(), dict(traffic.waited)
         traffic.clear()
         if self.recorder is None:
             return
@@ -236,7 +267,11 @@ class Trainer:
             **(self.last_evaluation or {}),
             "seconds": {k: v for k, v in phases.seconds.items() if k != "evaluation" or self.last_evaluation},
             "bytes_sent": sent,
-            "experts": {name: balance(layer) for name, layer in result.statistics.items()},
+            **({"seconds_waited": waited} if waited else {}),
+            **({"experts_moved": moved} if moved else {}),
+            "experts": {
+                name: balance(layer) | (placement[name].values if name in placement else {}) for name, layer in result.statistics.items()
+            },
         }
         peak = peak_flops(self.placed.device)
         if peak is not None:
@@ -251,7 +286,12 @@ class Trainer:
         """Write a checkpoint of the current step, unless it is the one that was loaded or written last."""
         if self.saved_step == self.progress.step:
             return
-        info = {**self.progress.to_info(), "data": self.data.content_hash, "seed": self.config.train.seed}
+        info = {
+            **self.progress.to_info(),
+            "data": self.data.content_hash,
+            "seed": self.config.train.seed,
+            "placement": self.placed.placement_state(),
+        }
         self.checkpointer.save(self.progress.step, all_tensors(self.placed, self.optimizer), info)
         self.saved_step = self.progress.step
 
@@ -272,8 +312,9 @@ class Trainer:
         finally:
             self.checkpointer.close()
             self.display.close()
-            if self.recorder is not None:
-                self.recorder.close()
+            for file in (self.recorder, self.traces):
+                if file is not None:
+                    file.close()
 
 
 def balance(layer: Any) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class MetricsSection:
     """What is measured and how often it is written."""
 
     every_steps: int = setting(1, doc="steps between lines of metrics.jsonl", ge=1)
+    trace_routing: bool = setting(
+        False, doc="write the loads of each step, by layer, rank and expert, to traces/loads.jsonl (layouts that place experts)"
+    )
     eval_every_steps: int | None = setting(None, doc="steps between held-out evaluations; default: only after the last step", ge=1)
     eval_batches: int = setting(
         8, doc="held-out batches of train.global_batch_size sequences per evaluation; fewer if the data has fewer", ge=1

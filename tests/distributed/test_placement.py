@@ -1,5 +1,7 @@
 """Any placement computes what one process computes: random copies at each step, every way of moving and keeping them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,20 @@ def test_random_placements_change_nothing(name, settings, world_size, replicate)
     expected = train_steps(0, 1, scenario, "single")
     layout = Layout("fssdp", replicate, world_size // replicate, FSSDPSettings(**SETTINGS[settings]), 2, 3 if "chunks" in settings else 1)
     compare(merge(run_distributed(train_steps, world_size, scenario, layout, replicate, random_plan)), expected)
+
+
+PLANNED = [
+    ("deepseek", Layout("zero3_experts", 1, 2, FSSDPSettings(planner="everywhere", split="even", rematerialize=True))),
+    ("padded", Layout("fssdp", 1, 4, FSSDPSettings(reshard_every=1), 2)),
+    ("all_to_one", Layout("fssdp", 1, 4, FSSDPSettings(extra_slots=1, prediction="last"), 2)),
+    ("accumulate", Layout("fssdp", 1, 2, FSSDPSettings(rematerialize=True, reshard_every=2, prediction="exponential"))),
+    ("fewer_experts_than_ranks", Layout("fssdp_paper", 1, 4, FSSDPSettings(planner="sparse_materialization", overlap_degree=2, reshard_every=1), 2)),
+    ("recompute", Layout("fssdp_paper", 2, 2, FSSDPSettings(planner="sparse_materialization", overlap_degree=3, split="even", reshard_every=1))),
+    ("aux_free", Layout("ep", 1, 4, degree=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout"), PLANNED, ids=lambda v: v if isinstance(v, str) else v.name)
+def test_planners_and_resharding_change_nothing(name, layout):
+    scenario = replace(SCENARIOS[name], steps=5)
+    compare(merge(run_distributed(train_steps, layout.world_size, scenario, layout)), train_steps(0, 1, scenario, "single"))

@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from moetrain.parallel.executor import even_owners, regroup
+from moetrain.parallel.executor import regroup
 from moetrain.parallel.layouts import AutoConfig, EPConfig, FSDPConfig, Layout, SingleConfig
 from moetrain.parallel.ranks import Ranks
-
-
-@pytest.mark.parametrize(("experts", "ranks"), [(8, 4), (7, 3), (2, 5), (1, 1), (64, 6)])
-def test_owners_are_even_and_complete(experts, ranks):
-    owners = even_owners(experts, ranks)
-    assert [e for ids in owners for e in ids] == list(range(experts)) and len(owners) == ranks
-    assert max(map(len, owners)) - min(map(len, owners)) <= 1
 
 
 @pytest.mark.parametrize("counts", [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0]], [[5]], [[0, 4], [0, 0], [1, 0]]])
