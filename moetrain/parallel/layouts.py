@@ -48,12 +48,12 @@ class Layout:
     name: LayoutName
     replicate: int
     shard: int
-    tensor: int = 1
-    expert_tensor: int = 1
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
     degree: int = 1
     timeout_seconds: float = 600.0
+    tensor: int = 1
+    expert_tensor: int = 1
 
     @property
     def data_world_size(self) -> int:
@@ -122,12 +122,12 @@ class ParallelConfig(Component):
             self.layout_name(world_size),
             self.replicate,
             world_size // (self.replicate * self.tensor),
-            self.tensor,
-            self.expert_tensor,
             fssdp=self.placement(),
             ranks_per_node=None if self.nodes is None else world_size // self.nodes,
             degree=getattr(self, "degree", 1),
             timeout_seconds=timeout_seconds,
+            tensor=self.tensor,
+            expert_tensor=self.expert_tensor,
         )
 
     def layout_name(self, world_size: int) -> LayoutName:
