@@ -63,7 +63,7 @@ class Route:
                 _two_stage(stages, expert, plan, cluster, relay[expert])
             else:
                 _striped(stages, expert, plan, cluster, stripes)
-        return cls(tuple(tuple(sorted(stage)) for stage in stages if stage), stripes)
+        return cls(tuple(tuple(sorted(stage)) for stage in stages if stage) or ((),), stripes)
 
     def cut(self, size: int) -> list[int]:
         """Elements of each stripe of an expert of ``size`` elements."""

@@ -184,11 +184,18 @@ class Trainer:
             placement = self.placed.end_step(result.statistics)
             self.trace(placement)
             moved = reshard(self.placed, self.optimizer, progress.step)
+        sent, waited = traffic.by_name(), dict(traffic.waited)  # before an evaluation adds its own
         progress.position += config.train.global_batch_size
         with phases("evaluation"):
             self.maybe_evaluate()
         seconds = time.perf_counter() - started
-        self.record(result, placement, phases, lr=lr, norm=norm, skipped=skipped, moved=moved, seconds=seconds)
+        traffic.clear()
+        communication = {
+            "bytes_sent": sent,
+            **({"seconds_waited": waited} if waited else {}),
+            **({"experts_moved": moved} if moved else {}),
+        }
+        self.record(result, placement, communication, phases, lr=lr, norm=norm, skipped=skipped, seconds=seconds)
         if progress.step % config.checkpoint.every_steps == 0:
             self.save()
         if progress.skipped_in_a_row >= config.train.max_skipped_steps:
@@ -234,20 +241,18 @@ class Trainer:
         self,
         result: StepResult,
         placement: Mapping[str, LayerFigures],
+        communication: Mapping[str, Any],
         phases: Phases,
         *,
         lr: float,
         norm: float,
         skipped: bool,
-        moved: int,
         seconds: float,
     ) -> None:
         """Write this step's line (main rank) and show it."""
         layers = self.placed.model.moe_layers()
         rows = {name: int(layer.dispatched[: layers[name].experts.num_experts].sum()) for name, layer in result.statistics.items()}
         flops = self.flops.step(result.tokens, self.config.data.seq_len, rows) / max(1e-9, seconds - phases.seconds.get("evaluation", 0.0))
-        sent, waited = traffic.by_name(), dict(traffic.waited)
-        traffic.clear()
         if self.recorder is None:
             return
         training_seconds = seconds - phases.seconds.get("evaluation", 0.0)
@@ -266,9 +271,7 @@ class Trainer:
             **({"terms": result.terms} if result.terms else {}),
             **(self.last_evaluation or {}),
             "seconds": {k: v for k, v in phases.seconds.items() if k != "evaluation" or self.last_evaluation},
-            "bytes_sent": sent,
-            **({"seconds_waited": waited} if waited else {}),
-            **({"experts_moved": moved} if moved else {}),
+            **communication,
             "experts": {
                 name: balance(layer) | (placement[name].values if name in placement else {}) for name, layer in result.statistics.items()
             },
