@@ -233,8 +233,8 @@ def parallelize(
             chunks = torch.arange(module.num_experts).chunk(layout.shard)
             shard_rank = mesh.get_local_rank("shard")
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
-    groups = {"world": dist.group.WORLD, "data": dist.group.WORLD, "replicas": mesh.get_group("replicate")}
-    placed = ParallelModel(model, layout, device, owned, **groups, **placement)
+    world, replicas = dist.group.WORLD, mesh.get_group("replicate")
+    placed = ParallelModel(model, layout, device, owned, world=world, data=world, replicas=replicas, **placement)
     if layout.tensor > 1:
         split_over_tensor_ranks(placed, mesh["tensor"], ranks)
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
