@@ -28,6 +28,10 @@ class FSSDPSettings:
     split: Literal["quota", "even"] = setting("quota", doc="tokens over copies: quotas that balance ranks, or evenly after local copies")
     transport: Transport = setting("direct", doc="copies travel from owner to holders, once per node (two_stage), or by stripes")
     rematerialize: bool = setting(False, doc="free copies after the forward pass and fetch them again for the backward")
+    accumulate: Literal["micro_batch", "step"] = setting(
+        "micro_batch", doc="copies and their gradients travel in every micro-batch, or once per step (and stay in memory for all of it)"
+    )
+    calibrate: bool = setting(False, doc="once the router has chosen, more copies if that pays although nothing hides their transfer")
     prediction: Literal["window", "exponential", "last"] = setting(
         "window", doc="of loads: mean of the last steps, decaying mean, last step"
     )
@@ -185,6 +189,9 @@ class FSSDPConfig(PlacedConfig):
             yield Problem(
                 f"{path}.fssdp.extra_slots", self.fssdp.extra_slots, f"must be <= {foreign}, the experts that a rank does not own"
             )
+
+        if self.fssdp.accumulate == "step" and self.fssdp.rematerialize:
+            yield Problem(f"{path}.fssdp.accumulate", "step", f"keeps copies for the whole step: needs {path}.fssdp.rematerialize=false")
 
     def layout_name(self, world_size: int) -> LayoutName:
         return "fssdp"

@@ -58,6 +58,8 @@ PLANNED = [
     ("fewer_experts_than_ranks", Layout("fssdp_paper", 1, 4, FSSDPSettings(planner="sparse_materialization", overlap_degree=2, reshard_every=1), 2)),
     ("recompute", Layout("fssdp_paper", 2, 2, FSSDPSettings(planner="sparse_materialization", overlap_degree=3, split="even", reshard_every=1))),
     ("aux_free", Layout("ep", 1, 4, degree=2)),
+    ("accumulate", Layout("fssdp", 1, 4, FSSDPSettings(accumulate="step", extra_slots=3), 2)),
+    ("padded", Layout("fssdp", 1, 4, FSSDPSettings(calibrate=True, extra_slots=3), 2)),
 ]  # fmt: skip
 
 
@@ -65,3 +67,20 @@ PLANNED = [
 def test_planners_and_resharding_change_nothing(name, layout):
     scenario = replace(SCENARIOS[name], steps=5)
     compare(merge(run_distributed(train_steps, layout.world_size, scenario, layout)), train_steps(0, 1, scenario, "single"))
+
+
+def late_plan(executor, name, step):
+    """Half of the random copies are known before the router has chosen, all of them afterwards."""
+    plan = random_plan(executor, name, step)
+    early = plan.holders & (np.indices(plan.holders.shape).sum(0) % 2 == 0)
+    early[np.arange(plan.num_experts), plan.owner] = True
+    executor.calibrate = lambda counts, planned: plan if (plan.holders & ~planned.holders).any() else planned
+    return replace(plan, holders=early)
+
+
+@pytest.mark.parametrize("settings", ["quota", "rematerialize", "chunks"])
+@pytest.mark.parametrize("name", ["padded", "recompute", "accumulate"])
+def test_copies_that_come_after_the_router_change_nothing(name, settings):
+    layout = Layout("fssdp", 1, 4, FSSDPSettings(**SETTINGS[settings]), 2, 3 if settings == "chunks" else 1)
+    actual = merge(run_distributed(train_steps, 4, SCENARIOS[name], layout, 1, late_plan))
+    compare(actual, train_steps(0, 1, SCENARIOS[name], "single"))
