@@ -24,6 +24,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
 from moetrain.parallel.collectives import Exchange, Peers, gather_counts
+from moetrain.parallel.node_dispatch import NodePlan, plan_nodes, through_nodes
 from moetrain.parallel.placement.cost import Transport
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
 from moetrain.parallel.placement.scheduler import Observation
@@ -58,6 +59,7 @@ class Dispatch:
 
     entry, token: [n] int64, the routing's entry and source row of each row in sending order; place_TK: their inverse
     if every token has K. copied: plans of the copies that are needed, by the time at which they start to travel.
+    nodes: indices of a dispatch in two hops, instead of chunks.
     """
 
     entry: Tensor
@@ -65,6 +67,7 @@ class Dispatch:
     place_TK: Tensor | None
     chunks: list[Chunk]
     copied: dict[str, PlacementPlan]
+    nodes: NodePlan | None
     seen: Observation
 
 
@@ -181,8 +184,9 @@ class PlacedExecutor:
     """owner: [E] rank of each expert. dtype: in which experts compute, and copies travel. split: who computes which rows,
     given a plan with copies. rematerialize: free the copies after the forward pass and fetch them again for the backward.
     recompute: the layer lies in a region of activation checkpointing. degree: chunks in which tokens travel, so that one is
-    computed while others are under way. keep: one transfer of copies and of their gradients per step, not per micro-batch.
-    calibrate: given the true counts, a plan with further copies, which travel after the router and before the tokens.
+    computed while others are under way. deduplicate: a token crosses to each node once (``node_dispatch``). keep: one
+    transfer of copies and of their gradients per step, not per micro-batch. calibrate: given the true counts, a plan with
+    further copies, which travel after the router and before the tokens.
     """
 
     def __init__(
@@ -197,12 +201,13 @@ class PlacedExecutor:
         rematerialize: bool = False,
         recompute: bool = False,
         degree: int = 1,
+        deduplicate: bool = False,
         keep: bool = False,
         calibrate: Callable[[Integers, PlacementPlan], PlacementPlan] | None = None,
     ) -> None:
         self.links, self.device, self.dtype, self.split, self.transport = links, device, dtype, split, transport
         self.rematerialize, self.recompute, self.degree = rematerialize, recompute, degree
-        self.keep, self.calibrate = keep, calibrate
+        self.deduplicate, self.keep, self.calibrate = deduplicate, keep, calibrate
         self.plan = PlacementPlan.owners_only(owner, links.tokens.size)
         self.seen: Observation | None = None
         """What training passes have dispatched since the last :meth:`take_observation`."""
@@ -266,23 +271,14 @@ class PlacedExecutor:
         if ctx.training and not ctx.forward.recomputing:
             self.seen = plan.seen if self.seen is None else self.seen + plan.seen
         copies = [self.copies(p, experts, ctx, site) for site, p in plan.copied.items()]
-        rows = gather_rows(x, plan.token, plan.place_TK)
-
-        exchanges = [
-            (Exchange(c.send, c.receive, self.links.tokens, "dispatch"), Exchange(c.receive, c.send, self.links.tokens, "combine"))
-            for c in plan.chunks
-        ]
-        sent = [there.start(part) for (there, _), part in zip(exchanges, rows.split([sum(c.send) for c in plan.chunks]), strict=True)]
         weights = [experts.weights(), *(_CopiedWeights.apply(c, *experts.weights()) for c in copies)]
-        returned = []
-        for (there, back), started, chunk in zip(exchanges, sent, plan.chunks, strict=True):
-            by_slot, by_source = regroup(chunk.arriving)
-            received = gather_rows(there.finish(started), by_slot, by_source[:, None])
-            y = self.compute(received, chunk.arriving.sum(0), weights, experts, copies)
-            returned.append(back.start(gather_rows(y, by_source, by_slot[:, None])))
-        parts = [back.finish(started) for (_, back), started in zip(exchanges, returned, strict=True)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = combine_rows(y, routing.weight[plan.entry], plan.token, routing.num_tokens, plan.place_TK)
+        weight = routing.weight[plan.entry]
+        nodes = plan.nodes
+        if nodes is None:
+            y = self.exchange(x, weight, plan, weights, experts, copies)
+        else:
+            compute = lambda rows: self.arrived(rows, nodes.arriving, weights, experts, copies)  # noqa: E731
+            y = through_nodes(x, weight, nodes, self.links.tokens, compute)
         y = add_identity_experts(y, x, routing).to(x.dtype)
 
         for c in copies if self.rematerialize or not torch.is_grad_enabled() else ():
@@ -291,6 +287,37 @@ class PlacedExecutor:
             if y.requires_grad and not self.recompute:
                 y.register_hook(lambda _, c=c: c.post())
         return y
+
+    def exchange(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        plan: Dispatch,
+        weights: Sequence[tuple[Tensor, ...]],
+        experts: Experts,
+        copies: Sequence[Copies],
+    ) -> Tensor:
+        """Rows to the ranks that compute them and back, chunk by chunk; their weighted sum by token, [T, D]."""
+        rows = gather_rows(x, plan.token, plan.place_TK)
+        exchanges = [
+            (Exchange(c.send, c.receive, self.links.tokens, "dispatch"), Exchange(c.receive, c.send, self.links.tokens, "combine"))
+            for c in plan.chunks
+        ]
+        sent = [there.start(part) for (there, _), part in zip(exchanges, rows.split([sum(c.send) for c in plan.chunks]), strict=True)]
+        returned = []
+        for (there, back), started, chunk in zip(exchanges, sent, plan.chunks, strict=True):
+            returned.append(back.start(self.arrived(there.finish(started), chunk.arriving, weights, experts, copies)))
+        parts = [back.finish(started) for (_, back), started in zip(exchanges, returned, strict=True)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return combine_rows(y, weight, plan.token, x.shape[0], plan.place_TK)
+
+    def arrived(
+        self, rows: Tensor, arriving: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
+    ) -> Tensor:
+        """Rows as they arrive, by source and slot, through the experts and back into that order."""
+        by_slot, by_source = regroup(arriving)
+        y = self.compute(gather_rows(rows, by_slot, by_source[:, None]), arriving.sum(0), weights, experts, copies)
+        return gather_rows(y, by_source, by_slot[:, None])
 
     def compute(
         self, x: Tensor, counts: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
@@ -330,7 +357,10 @@ class PlacedExecutor:
                 inverse = torch.empty_like(permutation)
                 inverse[permutation] = torch.arange(permutation.numel(), device=self.device)
                 place_TK = inverse[place_TK]
-        return Dispatch(entry, token, place_TK, chunks, copied, Observation(counts, rows.sum(axis=(0, 1))))
+        nodes = None
+        if self.deduplicate:
+            nodes = plan_nodes(token, rows, slots[rank], routing.num_tokens, self.links.cluster, self.links.tokens)
+        return Dispatch(entry, token, place_TK, chunks, copied, nodes, Observation(counts, rows.sum(axis=(0, 1))))
 
     def chunk(self, rows: Integers, slots: Integers, rank: int) -> Chunk:
         """This rank's side of moving rows [R, E, R]. slots: its experts in their order."""

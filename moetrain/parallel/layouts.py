@@ -45,7 +45,8 @@ class Layout:
     """replicate x shard ranks. Experts: sharded like dense parameters (fsdp), or owned whole, one owner per expert in
     each replica, with the copies that a planner chooses.
 
-    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. timeout_seconds: of collectives.
+    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. deduplicate: each token
+    crosses to a node once. timeout_seconds: of collectives.
     """
 
     name: LayoutName
@@ -54,6 +55,7 @@ class Layout:
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
     degree: int = 1
+    deduplicate: bool = False
     timeout_seconds: float = 600.0
 
     @property
@@ -100,6 +102,7 @@ class ParallelConfig(Component):
             fssdp=self.placement(),
             ranks_per_node=None if self.nodes is None else world_size // self.nodes,
             degree=getattr(self, "degree", 1),
+            deduplicate=getattr(self, "deduplicate", False),
             timeout_seconds=timeout_seconds,
         )
 
@@ -140,6 +143,12 @@ class PlacedConfig(ParallelConfig):
     """Layouts in which whole experts have owners; FSDP2 for everything else."""
 
     degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
+    deduplicate: bool = setting(False, doc="a token with several experts on one node crosses to that node once")
+
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        yield from super().check(path, world_size=world_size, num_experts=num_experts)
+        if self.deduplicate and self.degree > 1:
+            yield Problem(f"{path}.degree", self.degree, f"must be 1 with {path}.deduplicate: tokens in two hops are not cut into chunks")
 
 
 @register("parallel", "ep", source="GShard 2006.16668")

@@ -221,8 +221,7 @@ def parallelize(
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
-    groups = {"world": dist.group.WORLD, "replicas": mesh.get_group("replicate")}
-    return ParallelModel(model, layout, device, owned, **groups, **placement)
+    return ParallelModel(model, layout, device, owned, world=dist.group.WORLD, replicas=mesh.get_group("replicate"), **placement)
 
 
 def place_experts(
@@ -237,6 +236,7 @@ def place_experts(
         layer = block.ffn
         if not isinstance(layer, MoELayer):
             continue
+        assert isinstance(block.attn, nn.Module)
         mixer_flops = 2.0 * tokens_per_pass * sum(p.numel() for p in block.attn.parameters())
         hidden_size = model.embed.shape[1]
         cost = layer_cost(layer.experts, hidden_size, model.compute_dtype, settings, mixer_flops=mixer_flops, cluster=links.cluster)
@@ -256,6 +256,7 @@ def place_experts(
             rematerialize=settings.rematerialize,
             recompute=recompute,
             degree=layout.degree,
+            deduplicate=layout.deduplicate,
             keep=settings.accumulate == "step",
             calibrate=make_calibration(settings, links.cluster, cost),
         )

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,13 +53,13 @@ class Route:
         node. :func:`moetrain.parallel.placement.cost.gather_traffic` counts the same messages without making them.
         """
         if transport == "direct":
-            experts, ranks = plan.copies.nonzero()
+            experts, ranks = np.nonzero(plan.copies)
             messages = (Message(int(plan.owner[e]), int(r), int(e)) for e, r in zip(experts, ranks, strict=True))
             return cls((tuple(sorted(messages)),))
         stripes = 1 if transport == "two_stage" else max(len(members) for members in cluster.members)
         stages: list[set[Message]] = [set(), set(), set()]
         relay = relays(plan, cluster)
-        for expert in plan.copies.any(axis=1).nonzero()[0].tolist():
+        for expert in np.flatnonzero(plan.copies.any(axis=1)).tolist():
             if transport == "two_stage":
                 _two_stage(stages, expert, plan, cluster, relay[expert])
             else:

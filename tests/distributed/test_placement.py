@@ -50,13 +50,14 @@ def test_random_placements_change_nothing(name, settings, world_size, replicate)
     compare(merge(run_distributed(train_steps, world_size, scenario, layout, replicate, random_plan)), expected)
 
 
+PAPER = {"planner": "sparse_materialization", "reshard_every": 1}
 PLANNED = [
     ("deepseek", Layout("zero3_experts", 1, 2, FSSDPSettings(planner="everywhere", split="even", rematerialize=True))),
     ("padded", Layout("fssdp", 1, 4, FSSDPSettings(reshard_every=1), 2)),
     ("all_to_one", Layout("fssdp", 1, 4, FSSDPSettings(extra_slots=1, prediction="last"), 2)),
     ("accumulate", Layout("fssdp", 1, 2, FSSDPSettings(rematerialize=True, reshard_every=2, prediction="exponential"))),
-    ("fewer_experts_than_ranks", Layout("fssdp_paper", 1, 4, FSSDPSettings(planner="sparse_materialization", overlap_degree=2, reshard_every=1), 2)),
-    ("recompute", Layout("fssdp_paper", 2, 2, FSSDPSettings(planner="sparse_materialization", overlap_degree=3, split="even", reshard_every=1))),
+    ("fewer_experts_than_ranks", Layout("fssdp_paper", 1, 4, FSSDPSettings(**PAPER, overlap_degree=2), 2)),
+    ("recompute", Layout("fssdp_paper", 2, 2, FSSDPSettings(**PAPER, overlap_degree=3, split="even"))),
     ("aux_free", Layout("ep", 1, 4, degree=2)),
     ("accumulate", Layout("fssdp", 1, 4, FSSDPSettings(accumulate="step", extra_slots=3), 2)),
     ("padded", Layout("fssdp", 1, 4, FSSDPSettings(calibrate=True, extra_slots=3), 2)),
@@ -84,3 +85,14 @@ def test_copies_that_come_after_the_router_change_nothing(name, settings):
     layout = Layout("fssdp", 1, 4, FSSDPSettings(**SETTINGS[settings]), 2, 3 if settings == "chunks" else 1)
     actual = merge(run_distributed(train_steps, 4, SCENARIOS[name], layout, 1, late_plan))
     compare(actual, train_steps(0, 1, SCENARIOS[name], "single"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "plans"),
+    [("deepseek", 4, None), ("ragged_recompute", 4, random_plan), ("padded", 4, random_plan), ("all_to_one", 6, random_plan),
+     ("zero_experts", 2, None), ("fewer_experts_than_ranks", 8, random_plan)],
+)  # fmt: skip
+def test_a_token_that_crosses_to_a_node_once_arrives_like_any_other(name, ranks, plans):
+    scenario = replace(SCENARIOS[name], batch_size=24)
+    layout = Layout("fssdp", 1, ranks, FSSDPSettings(rematerialize=True), ranks_per_node=2, deduplicate=True)
+    compare(merge(run_distributed(train_steps, ranks, scenario, layout, 1, plans)), train_steps(0, 1, scenario, "single"))
