@@ -57,27 +57,45 @@ class Cluster:
         return tuple(np.flatnonzero(self.node == node) for node in range(self.num_nodes))
 
     @cached_property
+    def place(self) -> Integers:
+        """[R] position of each rank among the ranks of its node."""
+        return np.array([int((self.node[:rank] == node).sum()) for rank, node in enumerate(self.node_of)], dtype=np.int64)
+
+    @cached_property
+    def same_node(self) -> Booleans:
+        """[R, R] whether two ranks are on one node."""
+        return np.equal.outer(self.node, self.node)
+
+    @cached_property
     def membership(self) -> Integers:
         """[N, R] 1 where the rank is on the node: ``membership @ x`` sums over the ranks of each node."""
         return (self.node == np.arange(self.num_nodes)[:, None]).astype(np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlacementPlan:
     """For one MoE layer and step: the owner of each expert and all holders of a copy, the owner included.
 
     owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts, then its copies, each in ascending
-    order of their ids.
+    order of their ids. remap: [ids of the router] int64, the expert behind each of the router's ids, when several ids
+    share one expert (merged experts); None: the ids are the experts.
     """
 
     owner: Integers
     holders: Booleans
+    remap: Integers | None = None
 
     @classmethod
     def owners_only(cls, owner: Sequence[int] | Integers, ranks: int) -> PlacementPlan:
         """No copies: expert parallelism."""
         owner = np.asarray(owner, dtype=np.int64)
         return cls(owner, owner[:, None] == np.arange(ranks))
+
+    @classmethod
+    def replicated(cls, owner: Sequence[int] | Integers, experts: Booleans, ranks: int) -> PlacementPlan:
+        """The given experts ([E] bool) on every rank, the others at their owners only."""
+        alone = cls.owners_only(owner, ranks)
+        return cls(alone.owner, alone.holders | np.asarray(experts)[:, None])
 
     @property
     def num_experts(self) -> int:
@@ -104,9 +122,15 @@ class PlacementPlan:
         """Ids of all experts that a rank can compute, in the order of its slots."""
         return np.concatenate([self.owned(rank), self.copied(rank)])
 
+    def expert_counts(self, counts: Integers) -> Integers:
+        """[..., E] tokens per expert from [..., ids of the router] tokens per id."""
+        if self.remap is None:
+            return counts
+        return counts @ (self.remap[:, None] == np.arange(self.num_experts)).astype(np.int64)
+
     def validate(self, extra_slots: int | None = None) -> None:
-        """Raises ValueError unless every expert has one owner among the ranks, the owner holds it, and no rank has more
-        than ``extra_slots`` copies (None: any number)."""
+        """Raises ValueError unless every expert has one owner among the ranks, the owner holds it, no rank has more than
+        ``extra_slots`` copies (None: any number), and the router's ids stand for experts of this plan."""
         if self.owner.shape != (self.num_experts,):
             raise ValueError(f"owner has shape {self.owner.shape}, expected ({self.num_experts},)")
         if self.num_experts and not (self.owner.min() >= 0 and self.owner.max() < self.num_ranks):
@@ -118,3 +142,32 @@ class PlacementPlan:
         if extra_slots is not None and copies.max(initial=0) > extra_slots:
             rank = int(copies.argmax())
             raise ValueError(f"rank {rank} holds {copies[rank]} copies, at most {extra_slots} fit")
+        if self.remap is not None and self.remap.size and not (self.remap.min() >= 0 and self.remap.max() < self.num_experts):
+            raise ValueError(f"the router's ids must map to experts 0..{self.num_experts - 1}, found {self.remap.tolist()}")
+
+
+def messages(plan: PlacementPlan) -> list[tuple[int, int, int]]:
+    """(source, destination, expert) of every copy when owners send straight to holders, in ascending order.
+
+    The sparse all-gather sends along these messages, the sparse reduce-scatter against them.
+    """
+    expert, destination = np.nonzero(plan.copies)
+    return sorted(zip(plan.owner[expert].tolist(), destination.tolist(), expert.tolist(), strict=True))
+
+
+def relays(plan: PlacementPlan, cluster: Cluster) -> Integers:
+    """[E, N] the holder through which an expert enters each node that imports it; -1 for its owner's node and for nodes
+    without it.
+
+    It is the first holder at or cyclically after the owner's place within its own node: owners in different places then
+    use different ranks, and with them different network cards, of the importing node.
+    """
+    chosen = np.full((plan.num_experts, cluster.num_nodes), -1, dtype=np.int64)
+    place = cluster.place[plan.owner]
+    for node, members in enumerate(cluster.members):
+        distance = (np.arange(members.size) - place[:, None]) % members.size
+        held = plan.holders[:, members]
+        nearest = np.where(held, distance, members.size).argmin(axis=1)
+        imported = held.any(axis=1) & (cluster.node[plan.owner] != node)
+        chosen[imported, node] = members[nearest[imported]]
+    return chosen
