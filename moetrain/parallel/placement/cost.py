@@ -111,7 +111,7 @@ def gather_traffic(plan: PlacementPlan, cluster: Cluster, transport: Transport) 
     copies = plan.copies.astype(np.int64)
     if transport == "direct":
         return tally(owner.T @ copies, cluster)
-    in_owners_node: Booleans = cluster.same_node[plan.owner]
+    in_owners_node = cluster.same_node[plan.owner]
     relay = relays(plan, cluster)
     if transport == "two_stage":
         first = (relay[:, :, None] == np.arange(plan.num_ranks)).sum(axis=1)
@@ -130,8 +130,8 @@ def gather_traffic(plan: PlacementPlan, cluster: Cluster, transport: Transport) 
 
 def striped_pieces(plan: PlacementPlan, cluster: Cluster, owner: Integers, imported: Booleans, pieces: int) -> Integers:
     """[R, R] pieces between ranks under striped transport; owner: [E, R] 1 at the owner; imported: [E, N]."""
-    in_owners_node: Booleans = cluster.same_node[plan.owner]
-    leaves = imported.any(axis=1)[:, None]
+    in_owners_node = cluster.same_node[plan.owner]
+    leaves = imported.any(axis=1, keepdims=True)
     moved = owner.T @ (in_owners_node * np.where(plan.holders, pieces, leaves))
     between = cluster.membership @ owner.T @ imported  # [N, N] experts from node to node
     for node, members in enumerate(cluster.members):
