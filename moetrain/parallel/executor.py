@@ -226,6 +226,8 @@ class PlacedExecutor:
         # position[expert]: its place when experts are listed by owner
         order = np.concatenate([plan.owned(rank) for rank in range(plan.num_ranks)])
         self.position = torch.from_numpy(np.argsort(order)).to(self.device)
+        # of the router's ids, which several may share an expert
+        self.router_position = self.position if plan.remap is None else self.position[torch.from_numpy(plan.remap).to(self.device)]
 
     def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
         """Start the transfer of this pass's copies."""
@@ -336,9 +338,9 @@ class PlacedExecutor:
     def dispatch(self, routing: Routing) -> Dispatch:
         """Who sends what to whom, from one all-gather of counts."""
         rank = self.links.tokens.rank
-        order = sort_entries(routing, self.position)
+        order = sort_entries(routing, self.router_position)
         # the one host copy of this layer: every split follows from these integers, the same on all ranks
-        gathered = gather_counts(order.counts, self.links.tokens).cpu().numpy()
+        gathered = gather_counts(order.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
         position = self.position.cpu().numpy()
         counts = gathered[:, position]
         copied = {"planned": self.plan} if self.plan.copies.any() else {}
