@@ -18,6 +18,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
 from moetrain.parallel.collectives import all_to_all_rows, gather_counts
+from moetrain.parallel.placement.planners import even_sharding
 
 
 class OwnersExecutor:
@@ -63,7 +64,6 @@ def regroup(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def even_owners(num_experts: int, ranks: int) -> list[list[int]]:
-    """Neighbouring experts to each rank, as evenly as possible; ranks beyond the number of experts own none."""
-    base, extra = divmod(num_experts, ranks)
-    starts = [rank * base + min(rank, extra) for rank in range(ranks + 1)]
-    return [list(range(starts[rank], starts[rank + 1])) for rank in range(ranks)]
+    """``even_sharding`` rank by rank; ranks beyond the number of experts own none."""
+    owner = even_sharding(num_experts, ranks)
+    return [(owner == rank).nonzero()[0].tolist() for rank in range(ranks)]
