@@ -58,6 +58,20 @@ def test_messages_are_the_copies_in_ascending_order(density, cluster, random_pla
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_ones_gathered_and_summed_back_count_the_holders(density, cluster, random_plan):
+    plan = random_plan(7, cluster, density)
+    held = np.zeros((7, cluster.num_ranks))
+    held[np.arange(7), plan.owner] = 1
+    for source, destination, expert in messages(plan):
+        held[expert, destination] = held[expert, source]
+    summed = held[np.arange(7), plan.owner]
+    for source, destination, expert in messages(plan):
+        assert source == plan.owner[expert]
+        summed[expert] += held[expert, destination]
+    assert np.array_equal(held, plan.holders) and np.array_equal(summed, plan.holders.sum(axis=1))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_every_importing_node_has_one_relay_that_holds_the_expert(density, cluster, random_plan):
     plan = random_plan(7, cluster, density)
     for expert, entry in enumerate(relays(plan, cluster)):
