@@ -92,10 +92,10 @@ def eplb_layer(loads: Floats, num_replicas: int, num_groups: int, num_nodes: int
     """[P] the expert of each slot; loads: [E] float32."""
     by_group = np.arange(loads.size).reshape(num_groups, -1)
     slots = []
-    for groups in pack(loads[by_group].sum(axis=1, dtype=np.float32), num_nodes):
+    for groups in pack(loads[by_group].sum(axis=1), num_nodes):
         experts = by_group[groups].reshape(-1)
         replica_of, count = replicate(loads[experts], num_replicas // num_nodes)
-        per_replica = loads[experts] / count.astype(np.float32)
+        per_replica = (loads[experts] / count).astype(np.float32)
         slots += [experts[replica_of[gpu]] for gpu in pack(per_replica[replica_of], num_gpus // num_nodes)]
     return np.concatenate(slots)
 

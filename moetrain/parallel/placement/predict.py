@@ -96,7 +96,7 @@ class Exponential(LoadPredictor):
         self.average: NDArray[np.float64] | None = None
 
     def push(self, counts: Integers) -> None:
-        new = np.asarray(counts, dtype=np.float64)
+        new = np.array(counts, dtype=np.float64)
         self.average = new if self.average is None else self.decay * self.average + (1 - self.decay) * new
 
     def mean(self) -> NDArray[np.float64] | None:

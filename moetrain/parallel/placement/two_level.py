@@ -5,7 +5,8 @@ the tokens that no longer travel against the experts that do. Only the node with
 equal budgets; within one the imports that save most tokens come first. Level 2 spreads, inside
 nodes, what the busiest rank has too much, as long as the modelled time falls.
 
-Letters: E experts, R ranks, N nodes. Modelled times are compared as integer nanoseconds.
+Letters: E experts, R ranks, N nodes. Modelled times are compared as integer nanoseconds; ranks agree on a plan if they
+share the counts, the cluster and the cost (measured times have to be shared first).
 """
 
 from __future__ import annotations
