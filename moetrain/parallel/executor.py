@@ -97,7 +97,7 @@ class Copies:
         """Start the transfer, unless the copies are here or on their way."""
         if self.buffer is None and self.pending is None:
             with torch.no_grad():
-                rows = torch.cat([w.detach().flatten(1).to(self.dtype) for w in self.weights], dim=1)
+                rows = torch.cat([w.detach()[self.transfer.rows].flatten(1).to(self.dtype) for w in self.weights], dim=1)
             self.pending = self.transfer.gather(rows)
 
     def wait(self) -> Tensor:
