@@ -28,6 +28,10 @@ class FSSDPSettings:
     split: Literal["quota", "even"] = setting("quota", doc="tokens over copies: quotas that balance ranks, or evenly after local copies")
     transport: Transport = setting("direct", doc="copies travel from owner to holders, once per node (two_stage), or by stripes")
     rematerialize: bool = setting(False, doc="free copies after the forward pass and fetch them again for the backward")
+    accumulate: Literal["micro_batch", "step"] = setting(
+        "micro_batch", doc="copies and their gradients travel in every micro-batch, or once per step (and stay in memory for all of it)"
+    )
+    calibrate: bool = setting(False, doc="once the router has chosen, more copies if that pays although nothing hides their transfer")
     prediction: Literal["window", "exponential", "last"] = setting(
         "window", doc="of loads: mean of the last steps, decaying mean, last step"
     )
@@ -42,7 +46,8 @@ class Layout:
     (fsdp), or owned whole, one owner per expert in each replica, with the copies that a planner chooses. What owns an
     expert, or holds a copy, are ``expert_tensor`` neighbours together.
 
-    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. timeout_seconds: of collectives.
+    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. deduplicate: each token
+    crosses to a node once. timeout_seconds: of collectives.
     """
 
     name: LayoutName
@@ -51,6 +56,7 @@ class Layout:
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
     degree: int = 1
+    deduplicate: bool = False
     timeout_seconds: float = 600.0
     tensor: int = 1
     expert_tensor: int = 1
@@ -125,6 +131,7 @@ class ParallelConfig(Component):
             fssdp=self.placement(),
             ranks_per_node=None if self.nodes is None else world_size // self.nodes,
             degree=getattr(self, "degree", 1),
+            deduplicate=getattr(self, "deduplicate", False),
             timeout_seconds=timeout_seconds,
             tensor=self.tensor,
             expert_tensor=self.expert_tensor,
@@ -172,6 +179,12 @@ class PlacedConfig(ParallelConfig):
     """Layouts in which whole experts have owners; FSDP2 for everything else."""
 
     degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
+    deduplicate: bool = setting(False, doc="a token with several experts on one node crosses to that node once")
+
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        yield from super().check(path, world_size=world_size, num_experts=num_experts)
+        if self.deduplicate and self.degree > 1:
+            yield Problem(f"{path}.degree", self.degree, f"must be 1 with {path}.deduplicate: tokens in two hops are not cut into chunks")
 
 
 @register("parallel", "ep", source="GShard 2006.16668")
@@ -221,6 +234,9 @@ class FSSDPConfig(PlacedConfig):
             yield Problem(
                 f"{path}.fssdp.extra_slots", self.fssdp.extra_slots, f"must be <= {foreign}, the experts that a rank does not own"
             )
+
+        if self.fssdp.accumulate == "step" and self.fssdp.rematerialize:
+            yield Problem(f"{path}.fssdp.accumulate", "step", f"keeps copies for the whole step: needs {path}.fssdp.rematerialize=false")
 
     def layout_name(self, world_size: int) -> LayoutName:
         return "fssdp"

@@ -34,7 +34,7 @@ from moetrain.parallel.placement.planners import even_sharding, heterogeneous_sh
 from moetrain.parallel.placement.predict import SlidingWindow
 from moetrain.parallel.placement.scheduler import LayerFigures, LayerScheduler
 from moetrain.parallel.ranks import Ranks
-from moetrain.parallel.scheduling import layer_cost, make_planner, make_predictor, overlap_degree
+from moetrain.parallel.scheduling import layer_cost, make_calibration, make_planner, make_predictor, overlap_degree
 from moetrain.parallel.transport import new_peers
 
 
@@ -132,7 +132,10 @@ class ParallelModel:
     def finish_gradients(self) -> None:
         """After the last backward of a step: FSDP has averaged its gradients over the data-parallel world; owned expert
         gradients are sums over their group, copies included, and get the same divisor. Parts of tensor ranks are summed."""
-        for executor in self.executors().values():
+        executors = self.executors().values()
+        for executor in executors:
+            executor.post_gradients()
+        for executor in executors:
             executor.add_gradients()
         for name, parameter in self.parameters():
             if parameter.grad is None:
@@ -254,6 +257,7 @@ def place_experts(
         layer = block.ffn
         if not isinstance(layer, MoELayer):
             continue
+        assert isinstance(block.attn, nn.Module)
         layer.experts.split(layout.expert_tensor)
         mixer_flops = 2.0 * tokens_per_pass * sum(p.numel() for p in block.attn.parameters()) / layout.tensor
         hidden_size = model.embed.shape[1]
@@ -274,6 +278,9 @@ def place_experts(
             rematerialize=settings.rematerialize,
             recompute=recompute,
             degree=layout.degree,
+            deduplicate=layout.deduplicate,
+            keep=settings.accumulate == "step",
+            calibrate=make_calibration(settings, links.cluster, cost),
         )
     return {"schedulers": schedulers, "overlap_degree": min(degrees, default=0)}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moetrain.moe.experts import Experts
 from moetrain.parallel.layouts import FSSDPSettings
 from moetrain.parallel.placement.cost import LayerCost
+from moetrain.parallel.placement.dispatch import split_even, split_quota
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
-from moetrain.parallel.placement.planners import everywhere, owners_only, sparse_materialization
+from moetrain.parallel.placement.planners import calibrate, everywhere, owners_only, sparse_materialization
 from moetrain.parallel.placement.predict import Exponential, LastStep, LoadPredictor, SlidingWindow
 from moetrain.parallel.placement.scheduler import Planner
 from moetrain.parallel.placement.two_level import two_level
@@ -56,6 +59,16 @@ def make_planner(settings: FSSDPSettings, cluster: Cluster, cost: LayerCost) -> 
         return sparse_materialization(predicted.sum(axis=0), owner, cluster, degree, settings.extra_slots)
 
     return plan
+
+
+def make_calibration(
+    settings: FSSDPSettings, cluster: Cluster, cost: LayerCost
+) -> Callable[[Integers, PlacementPlan], PlacementPlan] | None:
+    """What the settings say to do once the true counts [R, E] are known (Hecate 2502.02581 section 4.4)."""
+    if not settings.calibrate or settings.planner in ("owners_only", "everywhere"):
+        return None
+    split = split_even if settings.split == "even" else split_quota
+    return lambda counts, plan: calibrate(counts, plan, cluster, cost, settings.extra_slots, settings.extra_slots, split)
 
 
 def make_predictor(settings: FSSDPSettings) -> LoadPredictor:

@@ -108,8 +108,9 @@ def train_steps(
         batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
         placed.begin_step()
-        for name, executor in placed.executors().items() if plans else ():
-            executor.plan = plans(executor, name, step)
+        if plans is not None:
+            for name, executor in placed.executors().items():
+                executor.plan = plans(executor, name, step)
         optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
         if step == scenario.steps - 1:
