@@ -121,7 +121,9 @@ def cluster(nodes: int, rate: str) -> Iterator[list[Namespace]]:
     members: list[Namespace] = []
     try:
         with tempfile.NamedTemporaryFile("w", prefix="hosts-") as hosts:
-            hosts.write("127.0.0.1 localhost\n" + "".join(f"{SUBNET}.{i + 1} node{i}\n" for i in range(nodes)))
+            # in both forms of the address: torch's store asks for the name of the second
+            names = [f"{prefix}{SUBNET}.{i + 1} node{i}\n" for i in range(nodes) for prefix in ("", "::ffff:")]
+            hosts.write("127.0.0.1 localhost\n" + "".join(names))
             hosts.flush()
             for name in ("switch", *(f"node{i}" for i in range(nodes))):
                 members.append(Namespace(name, Path(hosts.name)))
