@@ -98,7 +98,9 @@ def choices_with_loads(loads: np.ndarray, tokens: int, top_k: int, generator: np
     a line of segments as long as the shares, a token takes the segments at ``top_k`` places at unit distance."""
     share = loads * top_k / loads.sum()
     if share.max() > 1:
-        raise ValueError(f"expert {share.argmax()} has {share.max() / top_k:.0%} of the loads: no {top_k} distinct choices per token give that")
+        raise ValueError(
+            f"expert {share.argmax()} has {share.max() / top_k:.0%} of the loads: no {top_k} distinct choices per token give that"
+        )
     ends = share.cumsum()
     ends[-1] = top_k
     first = (generator.permutation(tokens) + generator.random()) / tokens
@@ -106,13 +108,13 @@ def choices_with_loads(loads: np.ndarray, tokens: int, top_k: int, generator: np
 
 
 def digest(trace: Tensor) -> str:
-    """SHA-256 of the ids as little-endian int16."""
-    return hashlib.sha256(trace.numpy().astype("<i2").tobytes()).hexdigest()
+    """SHA-256 of the first step's ids as little-endian int16; a generated trace of more steps only continues."""
+    return hashlib.sha256(trace[0].numpy().astype("<i2").tobytes()).hexdigest()
 
 
-def committed_digest(case: Case, ranks: int) -> str | None:
-    """Of the trace that a case generates, from traces.json; None if it is not there."""
-    arguments = [case.trace, case.warmup + case.rounds, case.tokens * ranks, case.experts, case.top_k, case.seed]
+def committed_digest(kind: str, tokens: int, experts: int, top_k: int, seed: int) -> str | None:
+    """Of a generated trace, from traces.json; None if it is not there."""
+    arguments = [kind, tokens, experts, top_k, seed]
     committed = json.loads(Path(__file__).with_name("traces.json").read_text(encoding="utf-8"))
     return next((entry["sha256"] for entry in committed if entry["arguments"] == arguments), None)
 
@@ -129,7 +131,8 @@ def rank_imbalance(trace: Tensor, experts: int, ranks: int) -> float:
 @dataclass(frozen=True)
 class Case:
     """What is measured. window: dense D x D products before the layer. inter_bandwidth: bytes/s between nodes, as
-    planners and the cost model are told; None: their default. extra_slots: None: the systems' default."""
+    planners and the cost model are told; None: their default. extra_slots, overlap_degree: of systems with copies; None:
+    their default."""
 
     systems: tuple[str, ...] = SYSTEMS
     trace: str = "zipf:1.2"
@@ -143,12 +146,14 @@ class Case:
     warmup: int = 2
     seed: int = 0
     extra_slots: int | None = None
+    overlap_degree: int | None = None
     inter_bandwidth: float | None = None
 
     def layout(self, system: str, ranks: int) -> Layout:
-        """The layout of that name with its defaults, but for ``extra_slots``."""
+        """The layout of that name with its defaults, but for what this case sets."""
         layout: Layout = lookup("parallel", system)().resolve(ranks)
-        return layout if self.extra_slots is None else replace(layout, fssdp=replace(layout.fssdp, extra_slots=self.extra_slots))
+        chosen = {"extra_slots": self.extra_slots, "overlap_degree": self.overlap_degree}
+        return replace(layout, fssdp=replace(layout.fssdp, **{name: value for name, value in chosen.items() if value is not None}))
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -158,7 +163,7 @@ class Case:
             if name == "systems":
                 parser.add_argument(option, nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
             else:
-                parse = {"inter_bandwidth": float, "extra_slots": int}.get(name, type(default))
+                parse = {"inter_bandwidth": float, "extra_slots": int, "overlap_degree": int}.get(name, type(default))
                 parser.add_argument(option, type=parse, default=default, help=f"default: {default}")
 
     @classmethod
@@ -257,9 +262,7 @@ class PlacedLayer:
             return 0.0
         seconds = []
         for _ in range(3):
-            copies = Copies(
-                self.executor.plan, self.layer.experts, self.links, dtype=torch.float32, transport=self.layout.fssdp.transport
-            )
+            copies = Copies(self.executor.plan, self.layer.experts, self.links, dtype=torch.float32, transport=self.layout.fssdp.transport)
             seconds.append(max(gather(timed(copies.wait)["seconds"])))
         return statistics.median(seconds)
 
@@ -331,7 +334,8 @@ def measure(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     steps = case.warmup + case.rounds
-    trace = routing_trace(case.trace, steps, case.tokens * world_size, case.experts, case.top_k, case.seed)
+    arguments = (case.tokens * world_size, case.experts, case.top_k, case.seed)
+    trace = routing_trace(case.trace, steps, *arguments)
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(1, case.tokens, case.hidden, generator=generator)
     gradient = torch.randn(1, case.tokens, case.hidden, generator=generator)
@@ -343,7 +347,7 @@ def measure(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         "nodes": links.cluster.node_of,
         "cluster": {key: getattr(links.cluster, key) for key in ("intra_bandwidth", "inter_bandwidth", "latency", "flops")},
         "trace_sha256": digest(trace),
-        "trace_is_committed": committed_digest(case, world_size) == digest(trace),
+        "trace_is_committed": committed_digest(case.trace, *arguments) == digest(trace),
         "rank_imbalance": rank_imbalance(trace[case.warmup :], case.experts, world_size),
         "load_average": [os.getloadavg()[0]],
         "cores": os.cpu_count(),
@@ -416,12 +420,13 @@ def describe(setup: dict[str, Any]) -> str:
     """What was measured, in a few lines."""
     nodes = max(setup["nodes"]) + 1
     sizes = "T={tokens} per rank, D={hidden}, F={width}, E={experts}, K={top_k}, float32, window of {window} products".format(**setup)
+    sizes += "".join(f", {name}={setup[name]}" for name in ("extra_slots", "overlap_degree") if setup[name] is not None)
     committed = "as committed" if setup["trace_is_committed"] else f"sha256 {setup['trace_sha256'][:12]}"
     cluster = setup["cluster"]
     return (
-        f"{len(setup['nodes'])} ranks on {nodes} node{'s' * (nodes > 1)}; {sizes}; forward and backward, {setup['rounds']} interleaved rounds "
-        f"after {setup['warmup']}. Trace {setup['trace']} ({committed}): busiest rank {setup['rank_imbalance']:.2f} times the mean when "
-        f"experts stay with their owners. Planners assume {cluster['inter_bandwidth'] / 1e6:.1f} MB/s between nodes and "
+        f"{len(setup['nodes'])} ranks on {nodes} node{'s' * (nodes > 1)}; {sizes}; forward and backward, {setup['rounds']} interleaved "
+        f"rounds after {setup['warmup']}. Trace {setup['trace']} ({committed}): busiest rank {setup['rank_imbalance']:.2f} times the mean "
+        f"when experts stay with their owners. Planners assume {cluster['inter_bandwidth'] / 1e6:.1f} MB/s between nodes and "
         f"{cluster['flops'] / 1e9:.0f} GFLOP/s per rank. {setup['cores']} cores, load average "
         f"{' to '.join(f'{load:.1f}' for load in setup['load_average'])}, torch {setup['torch']}."
     )

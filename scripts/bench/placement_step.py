@@ -17,6 +17,11 @@ import torch.distributed as dist
 from placement import Case, describe, markdown, measure, of_system, spread, write
 
 
+def bytes_between_nodes(record: dict[str, Any]) -> int:
+    """Of all ranks and kinds of collectives."""
+    return sum(count for kinds in record["bytes"] for kind, count in kinds.items() if kind.endswith(".inter"))
+
+
 def report(result: dict[str, Any]) -> str:
     """A description and a table."""
     systems, ranks = result["setup"]["systems"], len(result["setup"]["nodes"])
@@ -26,7 +31,7 @@ def report(result: dict[str, Any]) -> str:
         against = [first / own for first, own in zip(steps[systems[0]], steps[name], strict=True)]
         waited = of_system(result, name, lambda record: sum(sum(kinds.values()) for kinds in record["waited"]) / ranks)
         gathering = of_system(result, name, lambda record: max(kinds.get("sparse_all_gather", 0.0) for kinds in record["waited"]))
-        crossing = of_system(result, name, lambda record: sum(n for kinds in record["bytes"] for kind, n in kinds.items() if kind.endswith(".inter")))  # fmt: skip
+        crossing = of_system(result, name, bytes_between_nodes)
         rows.append(
             [
                 name,

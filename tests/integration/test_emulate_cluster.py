@@ -90,7 +90,9 @@ def test_a_failing_rank_ends_the_others_and_gives_its_status(emulation):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_everything(emulation, number):
-    with emulation.start("--no-calibration", "--", sys.executable, "-c", "print('up', flush=True); import time; time.sleep(100)") as process:
+    with emulation.start(
+        "--no-calibration", "--", sys.executable, "-c", "print('up', flush=True); import time; time.sleep(100)"
+    ) as process:
         assert "2 nodes" in process.stdout.readline()
         assert process.stdout.readline() == "up\n"
         assert len(emulation.networks()) == 4, "ours, the switch's and those of two nodes"
