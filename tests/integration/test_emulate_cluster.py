@@ -71,7 +71,7 @@ def emulation():
 
 
 def test_a_benchmark_between_two_nodes(emulation, tmp_path):
-    sizes = "--tokens 64 --hidden 32 --width 32 --experts 4 --rounds 1 --warmup 1 --window 1".split()
+    sizes = ["--tokens", "64", "--hidden", "32", "--width", "32", "--experts", "4", "--rounds", "1", "--warmup", "1", "--window", "1"]
     program = [sys.executable, str(BENCH / "placement_step.py"), *sizes, "--out", str(tmp_path / "step.jsonl")]
     status, output, error = emulation.run("--rate", "100mbit", "--", *program)
     assert status == 0, error
