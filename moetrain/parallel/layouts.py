@@ -56,9 +56,9 @@ class Layout:
     shard: int
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
-    degree: int | None = 1
+    degree: int | None = None
     deduplicate: bool = False
-    profile: ProfileUse = "assume"
+    profile: ProfileUse = "auto"
     timeout_seconds: float = 600.0
     tensor: int = 1
     expert_tensor: int = 1
@@ -132,9 +132,9 @@ class ParallelConfig(Component):
             world_size // (self.replicate * self.tensor),
             fssdp=self.placement(),
             ranks_per_node=None if self.nodes is None else world_size // self.nodes,
-            degree=getattr(self, "degree", 1),
+            degree=getattr(self, "degree", None),
             deduplicate=getattr(self, "deduplicate", False),
-            profile=getattr(self, "profile", "assume"),
+            profile=getattr(self, "profile", "auto"),
             timeout_seconds=timeout_seconds,
             tensor=self.tensor,
             expert_tensor=self.expert_tensor,

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 import moetrain.components  # noqa: F401  fills the registry
@@ -258,7 +257,7 @@ class PlacedLayer:
 
     def transfer_alone(self) -> float:
         """Seconds of SparseAllGather of the present plan's copies with nothing to hide behind; 0 without copies."""
-        if not self.executor.replicated:
+        if not self.executor.plan.copies.any():
             return 0.0
         seconds = []
         for _ in range(3):
@@ -314,8 +313,7 @@ def gather(value: Any) -> list[Any]:
 def connect_ranks(case: Case, products: Callable[[], None]) -> Links:
     """Communicators between all ranks. Planners are told the rate of products that all ranks reach at the same time."""
     ranks = Ranks.detect()
-    mesh = init_device_mesh("cpu", (1, ranks.world_size), mesh_dim_names=("replicate", "shard"))
-    links = connect(mesh, ranks, case.layout(case.systems[0], ranks.world_size), torch.device("cpu"))
+    links = connect(case.layout(case.systems[0], ranks.world_size), ranks, torch.device("cpu"))
     products()
     seconds = statistics.mean(gather(min(timed(products)["seconds"] for _ in range(3))))
     cluster = replace(links.cluster, flops=18.0 * case.tokens * case.top_k * case.hidden * case.width / seconds)
