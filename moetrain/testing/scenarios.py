@@ -47,6 +47,16 @@ def glam(**scenario: Any) -> Scenario:
     return Scenario(model=model, parts=parts, **scenario)
 
 
+def noisy_gates(**scenario: Any) -> Scenario:
+    """Everything that draws: noisy cosine logits, sampled second choices, random token selection; a loss that is linear
+    in nothing, over all ranks."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "cosine_topk")(top_k=2, projection_size=4, logit_noise=1.0, sampling="later")
+    made.parts.capacity = lookup("capacity", "slots")(factor=1.0, priority="random", renormalise=True)
+    made.parts.loss = {"balance": lookup("loss", "load_importance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
 @dataclass(kw_only=True)
 class RaggedConfig:
     """Every expert whose probability is above average: a different number for each token, also none."""
@@ -87,6 +97,7 @@ SCENARIOS = {
     "glam_capacity": glam(pad=True),
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
+    "noisy_gates": noisy_gates(pad=True),
 }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moetrain.moe.context import ForwardContext
+from moetrain.moe.context import ForwardContext, RouterContext
 from moetrain.moe.routers.topk import TopKRouter, TopKRouterConfig
 
 
@@ -34,3 +34,24 @@ def dense_map(routing):
     real = routing.expert >= 0
     index = (routing.token[real], routing.expert[real])
     return selected.index_put(index, torch.tensor(True)), weight.index_put(index, routing.weight[real])
+
+
+class DrawnContext(RouterContext):
+    """A layer's context in which the noise of a site is what a reference drew: tensors [T, width] by site."""
+
+    def __init__(self, ctx, draws):
+        super().__init__(ctx.forward, ctx.layer, ctx.family)
+        object.__setattr__(self, "recorded", draws)
+
+    def uniform(self, site, width, *, dtype=torch.float32, device=None):
+        draws = self.recorded[site].to(dtype)
+        assert draws.shape[1] == width
+        return draws
+
+
+def place_map(routing, place, capacity):
+    """Weights as [T, E, C]: an entry stands at its place in its expert's buffer."""
+    real = routing.expert >= 0
+    index = (routing.token[real], routing.expert[real], place[real])
+    shape = (routing.num_tokens, routing.selected.numel(), capacity)
+    return torch.zeros(shape, dtype=routing.weight.dtype).index_put(index, routing.weight[real])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +20,10 @@ class Router(nn.Module):
     """Maps tokens [T, D] to a :class:`Routing`. Discrete choices go through ``ctx.once``.
 
     num_experts: E, the experts that hold parameters.
+    initial: parameters that start at this constant; the model initialises the others.
     """
 
+    initial: Mapping[str, float] = {}
     num_experts: int
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:

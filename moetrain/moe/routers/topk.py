@@ -1,8 +1,9 @@
 """The top-k router: one pipeline that covers the linear routers of the public models.
 
-score -> (selection bias) -> (group limit) -> top-k -> weights -> (renormalise) -> scale. Sources: Switch
-(2101.03961), GShard (2006.16668), DeepSeekMoE (2401.06066 eq. 9-11), DeepSeek-V2 (2405.04434 section 2.2.2),
-DeepSeek-V3 (2412.19437 eq. 12-16), and the models named in ``configs/router``.
+(noise) -> score -> (selection bias) -> (group limit) -> top-k or sampling -> weights -> (renormalise) -> scale.
+Sources: Switch (2101.03961), GShard (2006.16668), DeepSpeed-MoE (2201.05596), Tutel (2206.03382), DeepSeekMoE
+(2401.06066 eq. 9-11), DeepSeek-V2 (2405.04434 section 2.2.2), DeepSeek-V3 (2412.19437 eq. 12-16), and the models
+named in ``configs/router``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moetrain.errors import Problem
 from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
+from moetrain.ops import noise
 from moetrain.registry import register
 
 LINEAR_BELOW = -40.0
@@ -49,6 +51,12 @@ class TopKRouterConfig(Component):
     num_zero_experts: int = setting(0, doc="extra columns for zero-computation identity experts (Longcat-Flash)", ge=0)
     jitter: float = setting(0.0, doc="training: the router's input is multiplied by U[1-jitter, 1+jitter] (Switch 0.01)", ge=0, lt=1)
     logit_soft_cap: float = setting(0.0, doc="cap * tanh(logits / cap); 0: off", ge=0)
+    logit_noise: float = setting(0.0, doc="training: normal noise of deviation logit_noise / E on the logits (Tutel gate_noise 1)", ge=0)
+    sampling: Literal["none", "later", "all"] = setting(
+        "none",
+        doc="training: choices are the best of logits plus Gumbel noise; later: all but the first (DeepSpeed's and GShard's "
+        "second expert); all: the first too (DeepSpeed's RSample). Weights are without that noise",
+    )
 
     def problems(self, path: str) -> Iterable[Problem]:
         if self.groups_per_token > self.num_groups:
@@ -57,6 +65,11 @@ class TopKRouterConfig(Component):
             yield Problem(f"{path}.bias_update_rate", self.bias_update_rate, f"needs {path}.selection_bias=true, or it updates nothing")
         if self.selected_softmax and (self.score != "logit" or self.renormalise):
             yield Problem(f"{path}.selected_softmax", True, f"needs {path}.score=logit and {path}.renormalise=false: it already normalises")
+        if self.sampling != "none" and (self.score not in ("softmax", "logit") or self.selection_bias or self.num_groups > 1):
+            needs = f"needs {path}.score=softmax or logit, no selection_bias and {path}.num_groups=1"
+            yield Problem(f"{path}.sampling", self.sampling, needs)
+        if self.sampling == "later" and self.top_k < 2:
+            yield Problem(f"{path}.sampling", self.sampling, f"needs {path}.top_k >= 2: the first choice is not sampled")
 
     def check(self, path: str, *, num_experts: int) -> Iterable[Problem]:
         """Rules that involve the number of experts."""
@@ -70,6 +83,11 @@ class TopKRouterConfig(Component):
             yield Problem(f"{path}.top_k", self.top_k, f"must be <= the {allowed} experts in {self.groups_per_token} groups of {size}")
         if self.num_groups > 1 and self.group_score_experts > size:
             yield Problem(f"{path}.group_score_experts", self.group_score_experts, f"must be <= the {size} experts of a group")
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Names that a routing has in ``aux`` in training."""
+        return frozenset({"clean_logits", "noise_std"} if self.logit_noise else ())
 
     def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopKRouter:
         return TopKRouter(self, hidden_size, num_experts, dtype=dtype)
@@ -90,8 +108,8 @@ class TopKRouter(LinearRouter):
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
         if self.config.jitter and ctx.training:
-            noise = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-            x = x * (1 + self.config.jitter * (2 * noise - 1))
+            draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            x = x * (1 + self.config.jitter * (2 * draws - 1))
         return self.route(self.logits(x), ctx)
 
     def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
@@ -99,9 +117,17 @@ class TopKRouter(LinearRouter):
         config = self.config
         if config.logit_soft_cap:
             logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
+        aux = {}
+        if config.logit_noise and ctx.training:
+            std = config.logit_noise / self.num_columns
+            aux = {"clean_logits": logits, "noise_std": torch.tensor(std, dtype=logits.dtype, device=logits.device)}
+            logits = logits + std * noise.normal(self.draws("logit_noise", logits, ctx)).to(logits.dtype)
         probs = distribution(logits, config.score)
         scores = probs if config.score == "softmax" else score(logits, config.score)
-        index = ctx.once("select", lambda: self.select(scores.detach()))
+        if config.sampling != "none" and ctx.training:
+            index = ctx.once("select", lambda: self.sample(logits.detach(), ctx))
+        else:
+            index = ctx.once("select", lambda: self.select(scores.detach()))
         weight = scores.gather(1, index)
         if config.selected_softmax:
             weight = torch.softmax(weight, dim=1)
@@ -111,7 +137,14 @@ class TopKRouter(LinearRouter):
         if config.scale != 1.0:
             weight = weight * config.scale
         return fixed_routing(
-            index, weight, num_experts=self.num_experts, num_columns=self.num_columns, logits=logits, probs=probs, valid=ctx.valid
+            index,
+            weight,
+            num_experts=self.num_experts,
+            num_columns=self.num_columns,
+            logits=logits,
+            probs=probs,
+            valid=ctx.valid,
+            aux=aux,
         )
 
     def select(self, scores: Tensor) -> Tensor:
@@ -122,6 +155,19 @@ class TopKRouter(LinearRouter):
         if config.num_groups > 1:
             scores = limit_groups(scores, config.num_groups, config.groups_per_token, config.group_score_experts)
         return scores.topk(config.top_k, dim=1).indices
+
+    def sample(self, logits: Tensor, ctx: RouterContext) -> Tensor:
+        """Indices [T, K] drawn without replacement with the softmax's probabilities; the best is first if ``later``."""
+        noisy = logits + noise.gumbel(self.draws("sampling", logits, ctx))
+        if self.config.sampling == "all":
+            return noisy.topk(self.config.top_k, dim=1).indices
+        first = logits.argmax(dim=1, keepdim=True)
+        later = noisy.scatter(1, first, -torch.inf).topk(self.config.top_k - 1, dim=1).indices
+        return torch.cat([first, later], dim=1)
+
+    def draws(self, site: str, logits: Tensor, ctx: RouterContext) -> Tensor:
+        """[T, E'] float64 uniform draws, one per logit: both tails of the noise need more digits than float32 has."""
+        return ctx.uniform(site, logits.shape[1], dtype=torch.float64, device=logits.device)
 
     @torch.no_grad()
     def end_step(self, statistics: LayerStatistics) -> None:
