@@ -86,7 +86,7 @@ def main(settings: PlanSettings, config: Config) -> PlanReport:
         tokens_per_rank=tokens,
         cluster=cluster,
         memory=memory,
-        strategies=[each.figures for each in replays],
+        replays=replays,
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from moetrain.config import dump
 from moetrain.parallel.placement.plan import Cluster
-from moetrain.simulate.replay import Figures
+from moetrain.simulate.replay import Figures, Replay
 from moetrain.storage import replace, storage_errors
 
 
@@ -24,8 +24,8 @@ class Table:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """model: kind and numbers of parameters. trace: its name; steps: those that are counted, after ``warm_up`` others.
-    memory: bytes of a rank, None if not known. strategies: expert parallelism first."""
+    """model: its kind. trace: its name; steps: those that are counted, after ``warm_up`` others.
+    memory: bytes of a rank, None if not known. replays: of all strategies, expert parallelism first."""
 
     model: str
     parameters: int
@@ -36,7 +36,12 @@ class PlanReport:
     tokens_per_rank: int
     cluster: Cluster
     memory: float | None
-    strategies: list[Figures]
+    replays: list[Replay]
+
+    @property
+    def strategies(self) -> list[Figures]:
+        """Figures of all strategies."""
+        return [each.figures for each in self.replays]
 
     def speedup(self, figures: Figures) -> float:
         """Modelled time of the MoE layers under expert parallelism over that under this strategy."""
@@ -67,10 +72,9 @@ class PlanReport:
 
     def plain(self) -> dict[str, Any]:
         """All figures as JSON values."""
-        return {
-            **dump(self),
-            "strategies": [{**dump(f), "speedup": self.speedup(f), "fits": self.fits(f)} for f in self.strategies],
-        }
+        figures = [{**dump(f), "speedup": self.speedup(f), "fits": self.fits(f)} for f in self.strategies]
+        described = {f.name: dump(getattr(self, f.name)) for f in fields(self) if f.name != "replays"}
+        return {**described, "strategies": figures}
 
     def save(self, path: Path) -> None:
         """Write all figures as JSON. Raises StorageError."""
@@ -87,7 +91,8 @@ class PlanReport:
         print(
             f"{self.model}: {self.parameters / 1e6:.1f}M parameters, {self.expert_parameters / 1e6:.1f}M of them in experts\n"
             f"{cluster.num_nodes} x {cluster.num_ranks // cluster.num_nodes} ranks{memory}; "
-            f"{cluster.intra_bandwidth:.3g} bytes/s in nodes, {cluster.inter_bandwidth:.3g} between; {cluster.latency:.3g} s latency; {cluster.flops:.3g} FLOP/s\n"
+            f"{cluster.intra_bandwidth:.3g} bytes/s in nodes, {cluster.inter_bandwidth:.3g} between; {cluster.latency:.3g} s latency; "
+            f"{cluster.flops:.3g} FLOP/s\n"
             f"trace {self.trace}: {self.steps} steps after {self.warm_up} of history, {self.tokens_per_rank} tokens per rank\n"
         )
         console = Console(width=None if sys.stdout.isatty() else 120)
