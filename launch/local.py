@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -29,7 +30,12 @@ from moetrain.launch.signals import StopRequest, stop_on_signals
 from moetrain.parallel.ranks import Ranks
 from moetrain.train.settings import Config
 
+NOT_BEGUN = "stopped before training began"
+
 JOBS = count()  # of this process, which under torchrun trains all jobs of a sweep
+
+Task = Callable[..., Any]
+"""What a worker runs: (its rank, its stop request, arguments of the launcher) -> result."""
 
 
 class ReportedError(MoetrainError):
@@ -54,7 +60,7 @@ def train(plain: dict[str, Any]) -> dict[str, Any]:
             f"launch.nnodes = {config.launch.nnodes}: start moetrain on every machine with torchrun --nnodes {config.launch.nnodes} "
             f"--nproc-per-node {config.launch.nproc_per_node} --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m moetrain.launch.train ..."
         )
-    with stop_on_signals(stop_before_training) as stop:
+    with stop_on_signals(refuse(NOT_BEGUN)) as stop:
         run_dir = resolve_run_dir(config)
         check_resume(config, run_dir)
         check_compatible(config, run_dir)
@@ -63,12 +69,18 @@ def train(plain: dict[str, Any]) -> dict[str, Any]:
         if config.launch.nproc_per_node == 1:
             stop.forward = None
             return run_rank(config, Ranks(), run_dir, data, stop)
-        return start_workers(config, run_dir, data, stop)
+        arguments = (dump(config), str(run_dir), str(data.folder))
+        advice = "; the same command continues from the last checkpoint"
+        return start_workers(config.launch.nproc_per_node, train_worker, arguments, stop, stopped=NOT_BEGUN, advice=advice)[0]
 
 
-def stop_before_training(number: int) -> None:
-    """What a signal does while there is nothing yet to save."""
-    raise ReportedError("stopped before training began", 128 + number)
+def refuse(message: str) -> Callable[[int], NoReturn]:
+    """What a signal does where there is nothing to save."""
+
+    def handle(number: int) -> NoReturn:
+        raise ReportedError(message, 128 + number)
+
+    return handle
 
 
 def prepare_data(config: Config) -> PreparedData:
@@ -92,12 +104,18 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, data: PreparedData, st
     """run_training on this rank, with its threads and device set."""
     from moetrain.train.run import run_training
 
-    if config.train.threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
-    device = ranks.device(config.train.device)
+    take_device(ranks, config.train.device, config.train.threads)
+    return run_training(config, ranks, run_dir, data=data, stop=stop)
+
+
+def take_device(ranks: Ranks, choice: str, threads: int | None = None) -> torch.device:
+    """The device of this rank, made the current one, with its share of the CPU's threads."""
+    if threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, available_cores() // ranks.local_world_size))
+    device = ranks.device(choice)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return run_training(config, ranks, run_dir, data=data, stop=stop)
+    return device
 
 
 def available_cores() -> int:
@@ -105,10 +123,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def join_group(config: Config, ranks: Ranks) -> None:
+def join_group(ranks: Ranks, choice: str, timeout_seconds: float) -> None:
     """The default process group: gloo on CPU; nccl with gloo beside it (for checkpoints) on GPU."""
-    backend = "gloo" if ranks.device(config.train.device).type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=config.launch.timeout_seconds)
+    backend = "gloo" if ranks.device(choice).type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_seconds)
     # torchrun's store outlives the group and still holds the addresses of the previous job's ranks
     store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
     store = dist.PrefixStore(f"job{next(JOBS)}", store)
@@ -122,7 +140,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def worker(plain: dict[str, Any], run_dir: str, data: str, errors: str, launcher: int) -> dict[str, Any]:
+def worker(task: Task, arguments: tuple[Any, ...], errors: str, launcher: int) -> Any:
     """One rank started by :func:`start_workers`. What goes wrong is left in the folder ``errors`` for the launcher."""
     die_with_parent()
     if os.getppid() != launcher:
@@ -132,17 +150,22 @@ def worker(plain: dict[str, Any], run_dir: str, data: str, errors: str, launcher
     ranks = Ranks.detect()
     with stop_on_signals() as stop:
         try:
-            config = load(Config, plain)
-            join_group(config, ranks)
-            result = run_rank(config, ranks, Path(run_dir), PreparedData(Path(data)), stop)
-            dist.destroy_process_group()
-            return result
+            return task(ranks, stop, *arguments)
         except MoetrainError as error:
             leave_report(Path(errors), ranks.rank, str(error), error.exit_code)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except Exception:
             leave_report(Path(errors), ranks.rank, f"rank {ranks.rank} failed:\n{traceback.format_exc()}", 1)
+
+
+def train_worker(ranks: Ranks, stop: StopRequest, plain: dict[str, Any], run_dir: str, data: str) -> dict[str, Any]:
+    """The task of a worker that trains."""
+    config = load(Config, plain)
+    join_group(ranks, config.train.device, config.launch.timeout_seconds)
+    result = run_rank(config, ranks, Path(run_dir), PreparedData(Path(data)), stop)
+    dist.destroy_process_group()
+    return result
 
 
 def leave_report(errors: Path, rank: int, message: str, exit_code: int) -> NoReturn:
@@ -152,8 +175,14 @@ def leave_report(errors: Path, rank: int, message: str, exit_code: int) -> NoRet
     sys.exit(exit_code)
 
 
-def start_workers(config: Config, run_dir: Path, data: PreparedData, stop: StopRequest) -> dict[str, Any]:
-    """Run all ranks of this machine as child processes, which get our signals. Raises ReportedError with the first failure."""
+def start_workers(
+    processes: int, task: Task, arguments: tuple[Any, ...], stop: StopRequest, *, stopped: str, advice: str = ""
+) -> dict[int, Any]:
+    """Run ``task(ranks, stop, *arguments)`` in child processes, which get our signals; returns what each rank returned.
+
+    task: top-level function; arguments and results must be picklable. stopped: message of a signal that comes before
+    the workers handle it. Raises ReportedError with the first failure; a killed rank's ends with ``advice``.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -165,7 +194,7 @@ def start_workers(config: Config, run_dir: Path, data: PreparedData, stop: StopR
     def forward(number: int) -> None:
         children = [child.pid for child in multiprocessing.active_children() if child.pid is not None and child.is_alive()]
         if not children:
-            stop_before_training(number)
+            raise ReportedError(stopped, 128 + number)
         for pid in children:
             os.kill(pid, number)
 
@@ -174,7 +203,7 @@ def start_workers(config: Config, run_dir: Path, data: PreparedData, stop: StopR
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=config.launch.nproc_per_node,
+            nproc_per_node=processes,
             run_id=f"moetrain-{os.getpid()}",
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
@@ -185,21 +214,20 @@ def start_workers(config: Config, run_dir: Path, data: PreparedData, stop: StopR
             signals_to_handle="SIGHUP,SIGQUIT",  # the others are ours: workers finish their step
         )
         try:
-            results = elastic_launch(launch, worker)(dump(config), str(run_dir), str(data.folder), scratch, os.getpid())
+            return elastic_launch(launch, worker)(task, arguments, scratch, os.getpid())
         except ChildFailedError as error:
             if stop.requested and error.get_first_failure()[1].exitcode == -stop.requested:
                 # the signal came while workers were starting and had no handler yet
-                raise ReportedError("stopped before training began", 128 + stop.requested) from error
-            raise describe_failure(error, Path(scratch)) from error
-    return results[0]
+                raise ReportedError(stopped, 128 + stop.requested) from error
+            raise describe_failure(error, Path(scratch), advice) from error
 
 
-def describe_failure(error: Any, scratch: Path) -> ReportedError:
+def describe_failure(error: Any, scratch: Path, advice: str = "") -> ReportedError:
     """The cause of a ChildFailedError: a rank that ended without a report, else the report that is first in time."""
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        return ReportedError(f"rank {rank} was killed by {name}; the same command continues from the last checkpoint")
+        return ReportedError(f"rank {rank} was killed by {name}{advice}")
     if failure.exitcode == 128 + signal.SIGINT:
         return ReportedError("interrupted before the current step was done", failure.exitcode)
     if not (scratch / f"{rank}.json").exists():
@@ -214,7 +242,7 @@ def train_under_torchrun(config: Config) -> dict[str, Any]:
     ranks = Ranks.detect()
     data = prepare_data(config)  # behind a lock: one rank of a machine works, the others find the result
     with stop_on_signals() as stop:
-        join_group(config, ranks)
+        join_group(ranks, config.train.device, config.launch.timeout_seconds)
         decision: list[Any] = [None]
         if ranks.is_main:
             try:

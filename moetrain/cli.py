@@ -19,6 +19,7 @@ moetrain: trains sparse Mixture-of-Experts models
   moetrain generate run=DIR prompt="def "
   moetrain plan run=DIR [settings]  what each expert placement would cost on a described cluster; or with overrides
                                     instead of a run: moetrain plan model=deepseek_moe_16b cluster=h100
+  moetrain bench profile            measure this machine's collectives and expert computation for planning
   moetrain list [GROUP [NAME]]      what can be chosen: routers, losses, models, ...; the settings of one
   moetrain --version
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": evaluate,
         "generate": generate,
         "plan": plan,
+        "bench": bench,
         "list": list_components,
     }
     if command not in commands:
@@ -157,8 +159,12 @@ def keyword_settings(cls: type, arguments: list[str]) -> Any:
         if not equals:
             raise ConfigError(f"arguments are key=value; {argument!r} is not. Keys:\n{lines}")
         texts = [s.name for s in described if s.name in ("prompt", "run", "device", "trace", "json")]
+        outer, _, name = key.rpartition(".")
+        section = values.setdefault(outer, {}) if outer else values
+        if not isinstance(section, dict):
+            raise ConfigError([Problem(outer, section, "must be a mapping of settings")])
         try:
-            values[key] = value if key in texts else yaml.safe_load(value)
+            section[name] = value if key in texts else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{argument}: the value is not valid YAML") from error
     return load(cls, values)
@@ -212,6 +218,42 @@ def plan(arguments: list[str]) -> int:
         raise ConfigError([Problem("run", settings.run, f"has its own configuration; leave out {' '.join(overrides)}")])
     else:
         compare(read_config(Path(settings.run).expanduser()))
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """moetrain bench."""
+    benchmarks: dict[str, Callable[[list[str]], int]] = {"profile": bench_profile}
+    name, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
+    if name not in benchmarks:
+        raise ConfigError(f"moetrain bench {name or ''}: must be one of: {', '.join(benchmarks)}")
+    return benchmarks[name](rest)
+
+
+def bench_profile(arguments: list[str]) -> int:
+    """moetrain bench profile: measure, show and keep the machine's linear costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from moetrain.launch.bench import ProfileSettings, profile
+    from moetrain.parallel.ranks import Ranks
+
+    measured = profile(keyword_settings(ProfileSettings, arguments))
+    if not Ranks.detect().is_main:
+        return 0
+    machine = measured.machine
+    table = Table(
+        title=f"{machine.device}, {machine.num_nodes} x {machine.ranks_per_node} ranks, {machine.backend}", box=None, padding=(0, 2)
+    )
+    for column in ("operation", "alpha ms", "beta", "R^2"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    for link, costs in (("within a node", measured.intra), ("between nodes", measured.inter)):
+        for name, cost in costs.items():
+            table.add_row(f"{name} {link}", f"{1e3 * cost.alpha:.4f}", f"{1e9 * cost.beta:.4f} ns/byte", f"{cost.r_squared:.4f}")
+    cost = measured.experts
+    table.add_row(f"{measured.num_experts} experts", f"{1e3 * cost.alpha:.4f}", f"{1e12 * cost.beta:.4f} ps/FLOP", f"{cost.r_squared:.4f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table, highlight=False)
+    print(measured.save())
     return 0
 
 

@@ -245,6 +245,13 @@ class Described:
 
 
 def describe(cls: type) -> list[Described]:
-    """Name, default and documentation of every setting of a configuration class."""
-    plain = defaults(cls)
-    return [Described(f.name, plain[f.name], f.metadata.get("doc", "")) for f in dataclasses.fields(cls)]
+    """Dotted name, default and documentation of every setting of a configuration class."""
+    plain, described = defaults(cls), []
+    for f in dataclasses.fields(cls):
+        hint = _hints(cls)[f.name]
+        if dataclasses.is_dataclass(hint):
+            inner = describe(typing.cast(type, hint))
+            described += [Described(f"{f.name}.{s.name}", s.default, s.doc) for s in inner]
+        else:
+            described.append(Described(f.name, plain[f.name], f.metadata.get("doc", "")))
+    return described

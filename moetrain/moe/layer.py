@@ -22,7 +22,7 @@ from moetrain.moe.routing import Routing
 
 
 class MoELayer(nn.Module):
-    """x [B, S, D] -> y [B, S, D]. Statistics and weighted losses go to the forward context.
+    """x [B, S, D] or [T, D] -> y of the same shape. Statistics and weighted losses go to the forward context.
 
     shared: an FFN that sees every token, or None. executor: replaced by ``parallel.parallelize``.
     """
@@ -43,7 +43,8 @@ class MoELayer(nn.Module):
         routing = self.router(tokens, ctx)
         executed = self.capacity(routing, ctx)
         self.record(routing, executed, ctx)
-        y = self.executor(tokens, executed, self.experts, ctx).view_as(x)
+        y = self.executor(tokens, executed, self.experts, ctx)
+        y = y.view(-1, *x.shape[1:])  # an executor may return fewer tokens: a rank's run of them
         return y if self.shared is None else y + self.shared(x)
 
     def prefetch(self, ctx: RouterContext) -> None:

@@ -69,6 +69,26 @@ class Routing:
         weight = torch.where(kept, self.weight if weight is None else weight, 0.0)
         return replace(self, expert=expert, weight=weight, padded=True, dispatched=count_experts(expert, self.selected.numel()))
 
+    def narrow(self, first: int, count: int) -> Routing:
+        """The routing of the ``count`` tokens from ``first`` on, numbered from 0. ``selected`` stays that of all tokens."""
+        rows = slice(first, first + count)
+        entries: slice | Tensor = (self.token >= first) & (self.token < first + count)
+        if self.top_k is not None:
+            entries = slice(first * self.top_k, (first + count) * self.top_k)
+        expert = self.expert[entries]
+        return replace(
+            self,
+            token=self.token[entries] - first,
+            expert=expert,
+            slot=self.slot[entries],
+            weight=self.weight[entries],
+            num_tokens=count,
+            dispatched=count_experts(expert, self.selected.numel()),
+            logits=None if self.logits is None else self.logits[rows],
+            probs=None if self.probs is None else self.probs[rows],
+            aux={},
+        )
+
 
 def count_experts(expert: Tensor, num_experts: int) -> Tensor:
     """Entries per expert, [num_experts] int64; PAD entries are not counted. expert: [N] int64."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moetrain.config import Component, setting
 from moetrain.models.common.decoder import Decoder
@@ -46,8 +45,8 @@ class LanguageModeling:
     def __call__(self, model: Decoder, batch: Batch, ctx: ForwardContext) -> ObjectiveTerms:
         logits = model(batch.tokens, ctx, document=batch.document).flatten(0, 1)
         targets = batch.targets.flatten()
-        terms = ObjectiveTerms(F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
+        terms = ObjectiveTerms(model.vocabulary.negative_log_likelihood(logits, targets, ignore=IGNORE))
         if self.config.output_z_loss and ctx.training:
-            squared = torch.logsumexp(logits, dim=1).square()
+            squared = model.vocabulary.log_partition(logits).square()
             terms.extra["output_z_loss"] = self.config.output_z_loss * torch.where(targets != IGNORE, squared, 0.0).sum()
         return terms

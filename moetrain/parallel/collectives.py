@@ -7,7 +7,7 @@ collective that one rank leaves out deadlocks the others or pairs up with a wron
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Traffic:
 
     bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
-    waited: Counter[str] = field(default_factory=Counter)
+    waited: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def clear(self) -> None:
         self.bytes.clear()
@@ -180,8 +180,10 @@ def gather_counts(counts: Tensor, peers: Peers) -> Tensor:
     """All ranks' integer vectors: [n] -> [ranks, n]."""
     out = counts.new_empty(peers.size * counts.numel())
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+    started = time.perf_counter()
     with naming("all-gather of counts", peers):
         gather(out, counts.contiguous(), group=peers.group)
+    traffic.waited["counts"] += time.perf_counter() - started
     return out.view(peers.size, -1)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
 from moetrain.parallel.collectives import Exchange, Peers, gather_counts
+from moetrain.parallel.node_dispatch import NodePlan, plan_nodes, through_nodes
 from moetrain.parallel.placement.cost import Transport
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
 from moetrain.parallel.placement.scheduler import Observation
@@ -57,24 +58,31 @@ class Dispatch:
     """The discrete side of one execution: everything that a recomputed pass must find unchanged.
 
     entry, token: [n] int64, the routing's entry and source row of each row in sending order; place_TK: their inverse
-    if every token has K.
+    if every token has K. copied: plans of the copies that are needed, by the time at which they start to travel.
+    nodes: indices of a dispatch in two hops, instead of chunks.
     """
 
     entry: Tensor
     token: Tensor
     place_TK: Tensor | None
     chunks: list[Chunk]
+    copied: dict[str, PlacementPlan]
+    nodes: NodePlan | None
     seen: Observation
 
 
 class Copies:
-    """Copies of one layer's experts on this rank for one forward and backward pass.
+    """Copies of one layer's experts on this rank for one forward and backward pass, or for all passes of a step.
 
-    buffer: [copied experts, elements of an expert], or None before it arrives and after it is freed.
+    buffer: [copied experts, elements of an expert], or None before it arrives and after it is freed. keep: hold copies
+    and the sum of their gradients until :meth:`post_gradients`.
     """
 
-    def __init__(self, plan: PlacementPlan, experts: Experts, links: Links, *, dtype: torch.dtype, transport: Transport) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: PlacementPlan, experts: Experts, links: Links, *, dtype: torch.dtype, transport: Transport, keep: bool = False
+    ) -> None:
+        self.plan, self.keep = plan, keep
+        self.accumulated: Tensor | None = None
         self.weights = experts.weights()
         self.links, self.dtype = links, dtype
         self.sizes = [w[0].numel() if w.shape[0] else int(np.prod(w.shape[1:])) for w in self.weights]
@@ -89,7 +97,7 @@ class Copies:
         """Start the transfer, unless the copies are here or on their way."""
         if self.buffer is None and self.pending is None:
             with torch.no_grad():
-                rows = torch.cat([w.detach().flatten(1).to(self.dtype) for w in self.weights], dim=1)
+                rows = torch.cat([w.detach()[self.transfer.rows].flatten(1).to(self.dtype) for w in self.weights], dim=1)
             self.pending = self.transfer.gather(rows)
 
     def wait(self) -> Tensor:
@@ -112,10 +120,22 @@ class Copies:
     def return_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Start summing the copies' gradients to the owners, and free the copies. With re-materialisation the copies of
         the layer before start to travel: they have the backward of the mixer in between to arrive."""
+        flat = torch.cat([g.flatten(1) for g in gradients], dim=1)
+        if self.keep:
+            self.accumulated = flat.to(torch.promote_types(flat.dtype, torch.float32)) + (
+                0 if self.accumulated is None else self.accumulated
+            )
+            return
         self.free()
-        self.reduced = self.reduction.reduce(torch.cat([g.flatten(1) for g in gradients], dim=1))
+        self.reduced = self.reduction.reduce(flat)
         if self.before is not None and self.before.buffer is None:
             self.before.post()
+
+    def post_gradients(self) -> None:
+        """Start summing what has been accumulated, and free the copies."""
+        if self.accumulated is not None:
+            self.free()
+            self.reduced, self.accumulated = self.reduction.reduce(self.accumulated), None
 
     def add_gradients(self) -> None:
         """Wait for the sums and add them to the owned parameters' gradients."""
@@ -161,9 +181,12 @@ class _CopiedWeights(torch.autograd.Function):
 
 
 class PlacedExecutor:
-    """owner: [E] rank of each expert. dtype: in which experts compute, and copies travel. split: who computes which rows, given a plan with copies. rematerialize: free the
-    copies after the forward pass and fetch them again for the backward. recompute: the layer lies in a region of
-    activation checkpointing. degree: chunks in which tokens travel, so that one is computed while others are under way.
+    """owner: [E] rank of each expert. dtype: in which experts compute, and copies travel. split: who computes which rows,
+    given a plan with copies. rematerialize: free the copies after the forward pass and fetch them again for the backward.
+    recompute: the layer lies in a region of activation checkpointing. degree: chunks in which tokens travel, so that one is
+    computed while others are under way. deduplicate: a token crosses to each node once (``node_dispatch``). keep: one
+    transfer of copies and of their gradients per step, not per micro-batch. calibrate: given the true counts, a plan with
+    further copies, which travel after the router and before the tokens.
     """
 
     def __init__(
@@ -178,14 +201,19 @@ class PlacedExecutor:
         rematerialize: bool = False,
         recompute: bool = False,
         degree: int = 1,
+        deduplicate: bool = False,
+        keep: bool = False,
+        calibrate: Callable[[Integers, PlacementPlan], PlacementPlan] | None = None,
     ) -> None:
         self.links, self.device, self.dtype, self.split, self.transport = links, device, dtype, split, transport
         self.rematerialize, self.recompute, self.degree = rematerialize, recompute, degree
+        self.deduplicate, self.keep, self.calibrate = deduplicate, keep, calibrate
         self.plan = PlacementPlan.owners_only(owner, links.tokens.size)
         self.seen: Observation | None = None
         """What training passes have dispatched since the last :meth:`take_observation`."""
         self.live: list[Copies] = []
         """Copies whose gradients have not been added yet."""
+        self.kept: Copies | None = None
 
     @property
     def plan(self) -> PlacementPlan:
@@ -194,38 +222,48 @@ class PlacedExecutor:
     @plan.setter
     def plan(self, plan: PlacementPlan) -> None:
         """Takes effect in the next forward pass; passes under way keep theirs."""
-        self._plan = plan
-        ranks = range(plan.num_ranks)
+        self._plan, self.kept = plan, None
         # position[expert]: its place when experts are listed by owner
-        order = np.concatenate([plan.owned(rank) for rank in ranks])
+        order = np.concatenate([plan.owned(rank) for rank in range(plan.num_ranks)])
         self.position = torch.from_numpy(np.argsort(order)).to(self.device)
-        self.slots = [plan.slots(rank) for rank in ranks]
-        self.replicated = bool(plan.copies.any())
+        # of the router's ids, which several may share an expert
+        self.router_position = self.position if plan.remap is None else self.position[torch.from_numpy(plan.remap).to(self.device)]
 
     def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
         """Start the transfer of this pass's copies."""
-        if self.replicated:
-            self.copies(experts, ctx).post()
+        if self.plan.copies.any():
+            self.copies(self.plan, experts, ctx).post()
 
-    def copies(self, experts: Experts, ctx: RouterContext) -> Copies:
+    def copies(self, plan: PlacementPlan, experts: Experts, ctx: RouterContext, site: str = "planned") -> Copies:
         """The copies of this pass, the same object for its recomputation and backward."""
-        found: dict[str, Copies] = ctx.carry.setdefault("placement", {})
-        if ctx.name not in found:
-            copies = Copies(self.plan, experts, self.links, dtype=self.dtype, transport=self.transport)
+        found: dict[tuple[str, str], Copies] = ctx.carry.setdefault("placement", {})
+        if (ctx.name, site) in found:
+            return found[ctx.name, site]
+        keep = self.keep and torch.is_grad_enabled() and site == "planned"
+        copies = self.kept if keep else None
+        if copies is None:
+            copies = Copies(plan, experts, self.links, dtype=self.dtype, transport=self.transport, keep=keep)
             if torch.is_grad_enabled():
                 self.live.append(copies)
                 if self.rematerialize and not self.recompute:
                     copies.before = next(reversed(found.values()), None)
-            found[ctx.name] = copies
-        return found[ctx.name]
+        if keep:
+            self.kept = copies
+        found[ctx.name, site] = copies
+        return copies
 
     def take_observation(self) -> Observation | None:
         """The loads of the training passes of a step, which start from zero again."""
         seen, self.seen = self.seen, None
         return seen
 
+    def post_gradients(self) -> None:
+        """After the last backward of a step: start the transfers that waited for it."""
+        for copies in self.live:
+            copies.post_gradients()
+
     def add_gradients(self) -> None:
-        """After the last backward of a step: add what copies have sent to the owned parameters' gradients."""
+        """Then: add what copies have sent to the owned parameters' gradients."""
         for copies in self.live:
             copies.add_gradients()
         self.live.clear()
@@ -234,87 +272,118 @@ class PlacedExecutor:
         plan = ctx.once("dispatch", lambda: self.dispatch(routing))
         if ctx.training and not ctx.forward.recomputing:
             self.seen = plan.seen if self.seen is None else self.seen + plan.seen
-        copies = self.copies(experts, ctx) if self.replicated else None
-        rows = gather_rows(x, plan.token, plan.place_TK)
+        copies = [self.copies(p, experts, ctx, site) for site, p in plan.copied.items()]
+        weights = [experts.weights(), *(_CopiedWeights.apply(c, *experts.weights()) for c in copies)]
+        weight = routing.weight[plan.entry]
+        nodes = plan.nodes
+        if nodes is None:
+            y = self.exchange(x, weight, plan, weights, experts, copies)
+        else:
+            compute = lambda rows: self.arrived(rows, nodes.arriving, weights, experts, copies)  # noqa: E731
+            y = through_nodes(x, weight, nodes, self.links.tokens, compute)
+        y = add_identity_experts(y, x, routing).to(x.dtype)
 
+        for c in copies if self.rematerialize or not torch.is_grad_enabled() else ():
+            # inside activation checkpointing the graph of the recomputed pass keeps the copies until the backward
+            c.free()
+            if y.requires_grad and not self.recompute:
+                y.register_hook(lambda _, c=c: c.post())
+        return y
+
+    def exchange(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        plan: Dispatch,
+        weights: Sequence[tuple[Tensor, ...]],
+        experts: Experts,
+        copies: Sequence[Copies],
+    ) -> Tensor:
+        """Rows to the ranks that compute them and back, chunk by chunk; their weighted sum by token, [T, D]."""
+        rows = gather_rows(x, plan.token, plan.place_TK)
         exchanges = [
             (Exchange(c.send, c.receive, self.links.tokens, "dispatch"), Exchange(c.receive, c.send, self.links.tokens, "combine"))
             for c in plan.chunks
         ]
         sent = [there.start(part) for (there, _), part in zip(exchanges, rows.split([sum(c.send) for c in plan.chunks]), strict=True)]
-        weights = [experts.weights()]
-        if copies is not None:
-            weights.append(_CopiedWeights.apply(copies, *experts.weights()))
         returned = []
         for (there, back), started, chunk in zip(exchanges, sent, plan.chunks, strict=True):
-            by_slot, by_source = regroup(chunk.arriving)
-            received = gather_rows(there.finish(started), by_slot, by_source[:, None])
-            y = self.compute(received, chunk.arriving.sum(0), weights, experts, copies)
-            returned.append(back.start(gather_rows(y, by_source, by_slot[:, None])))
+            returned.append(back.start(self.arrived(there.finish(started), chunk.arriving, weights, experts, copies)))
         parts = [back.finish(started) for (_, back), started in zip(exchanges, returned, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        y = combine_rows(y, routing.weight[plan.entry], plan.token, routing.num_tokens, plan.place_TK)
-        y = add_identity_experts(y, x, routing).to(x.dtype)
+        return combine_rows(y, weight, plan.token, x.shape[0], plan.place_TK)
 
-        if copies is not None and (self.rematerialize or not torch.is_grad_enabled()):
-            # inside activation checkpointing the graph of the recomputed pass keeps the copies until the backward
-            copies.free()
-            if y.requires_grad and not self.recompute:
-                y.register_hook(lambda _: copies.post())
-        return y
+    def arrived(
+        self, rows: Tensor, arriving: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
+    ) -> Tensor:
+        """Rows as they arrive, by source and slot, through the experts and back into that order."""
+        by_slot, by_source = regroup(arriving)
+        y = self.compute(gather_rows(rows, by_slot, by_source[:, None]), arriving.sum(0), weights, experts, copies)
+        return gather_rows(y, by_source, by_slot[:, None])
 
-    def compute(self, x: Tensor, counts: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Copies | None) -> Tensor:
+    def compute(
+        self, x: Tensor, counts: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
+    ) -> Tensor:
         """Rows in the order of this rank's slots, owned experts first, through owned and copied experts."""
-        if copies is None:
+        if not copies:
             return experts.compute(x, counts, weights[0])
-        owned = weights[0][0].shape[0]
-        first = int(counts[:owned].sum())
-        mine, theirs = x.split([first, x.shape[0] - first])
-        y = experts.compute(mine, counts[:owned], weights[0])
         forget = self.rematerialize and not self.recompute and torch.is_grad_enabled()
-        with copies.kept_out_of_the_graph() if forget else nullcontext():
-            return torch.cat([y, experts.compute(theirs, counts[owned:], weights[1])])
+        by_set = counts.split([w[0].shape[0] for w in weights])
+        parts = []
+        for own, rows, slots, w in zip([None, *copies], x.split([int(c.sum()) for c in by_set]), by_set, weights, strict=True):
+            with own.kept_out_of_the_graph() if forget and own is not None else nullcontext():
+                parts.append(experts.compute(rows, slots, w))
+        return torch.cat(parts)
 
     def dispatch(self, routing: Routing) -> Dispatch:
         """Who sends what to whom, from one all-gather of counts."""
         rank = self.links.tokens.rank
-        order = sort_entries(routing, self.position)
+        order = sort_entries(routing, self.router_position)
         # the one host copy of this layer: every split follows from these integers, the same on all ranks
-        gathered = gather_counts(order.counts, self.links.tokens).cpu().numpy()
+        gathered = gather_counts(order.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
         position = self.position.cpu().numpy()
         counts = gathered[:, position]
-        if self.replicated:
-            rows = self.split(counts, self.plan, self.links.cluster)
-        else:
-            rows = np.where(self.plan.holders, counts[:, :, None], 0)
+        copied = {"planned": self.plan} if self.plan.copies.any() else {}
+        plan = self.plan if self.calibrate is None else self.calibrate(counts, self.plan)
+        if plan is not self.plan:
+            copied["late"] = replace(plan, holders=plan.holders & ~self.plan.copies)
+        slots = [np.concatenate([plan.owned(r), *(p.copied(r) for p in copied.values())]) for r in range(plan.num_ranks)]
+        rows = self.split(counts, plan, self.links.cluster) if copied else np.where(plan.holders, counts[:, :, None], 0)
         ends = [rows * (c + 1) // self.degree - rows * c // self.degree for c in range(self.degree)]
-        chunks = [self.chunk(part, rank) for part in ends]
+        chunks = [self.chunk(part, slots[rank], rank) for part in ends]
         entry, token, place_TK = order.entry, order.token, order.place_TK
-        if self.replicated or self.degree > 1:
-            permutation = self.permutation(rows, ends, gathered[rank], position, rank)
+        if copied or self.degree > 1:
+            permutation = self.permutation(rows[rank], [part[rank] for part in ends], slots, gathered[rank], position)
             entry, token = entry[permutation], token[permutation]
             if place_TK is not None:
                 inverse = torch.empty_like(permutation)
                 inverse[permutation] = torch.arange(permutation.numel(), device=self.device)
                 place_TK = inverse[place_TK]
-        return Dispatch(entry, token, place_TK, chunks, Observation(counts, rows.sum(axis=(0, 1))))
+        nodes = None
+        if self.deduplicate:
+            nodes = plan_nodes(token, rows, slots[rank], routing.num_tokens, self.links.cluster, self.links.tokens)
+        return Dispatch(entry, token, place_TK, chunks, copied, nodes, Observation(counts, rows.sum(axis=(0, 1))))
 
-    def chunk(self, rows: Integers, rank: int) -> Chunk:
-        """This rank's side of moving rows [R, E, R]."""
-        arriving = torch.from_numpy(np.ascontiguousarray(rows[:, self.slots[rank], rank])).to(self.device)
+    def chunk(self, rows: Integers, slots: Integers, rank: int) -> Chunk:
+        """This rank's side of moving rows [R, E, R]. slots: its experts in their order."""
+        arriving = torch.from_numpy(np.ascontiguousarray(rows[:, slots, rank])).to(self.device)
         return Chunk(send=rows[rank].sum(axis=0).tolist(), receive=rows[:, :, rank].sum(axis=1).tolist(), arriving=arriving)
 
-    def permutation(self, rows: Integers, ends: Sequence[Integers], sorted_counts: Integers, position: Integers, rank: int) -> Tensor:
-        """From sending order (by chunk, destination, slot of the destination) to the order sorted by position: [n] int64."""
+    def permutation(
+        self, rows: Integers, chunks: Sequence[Integers], slots: Sequence[Integers], sorted_counts: Integers, position: Integers
+    ) -> Tensor:
+        """From sending order (by chunk, destination, slot of the destination) to the order sorted by position: [n] int64.
+
+        rows, chunks: [E, R] rows of each expert for each rank, in all and per chunk.
+        """
         first = np.concatenate([[0], np.cumsum(sorted_counts)])[position]  # where each expert's rows begin
-        before = np.cumsum(rows[rank], axis=1) - rows[rank]  # [E, R] its rows for lower ranks
+        begin = first[:, None] + np.cumsum(rows, axis=1) - rows  # [E, R] and those for each rank
         starts, lengths = [], []
-        done = np.zeros_like(rows[rank])
-        for part in ends:
-            for destination, slots in enumerate(self.slots):
-                starts.append(first[slots] + before[slots, destination] + done[slots, destination])
-                lengths.append(part[rank][slots, destination])
-            done = done + part[rank]
+        for part in chunks:
+            for destination, ids in enumerate(slots):
+                starts.append(begin[ids, destination])
+                lengths.append(part[ids, destination])
+            begin = begin + part
         start, length = (torch.from_numpy(np.concatenate(a)).to(self.device) for a in (starts, lengths))
         shift = start - (length.cumsum(0) - length)
         return shift.repeat_interleave(length) + torch.arange(int(sorted_counts.sum()), device=self.device)

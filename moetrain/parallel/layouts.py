@@ -1,4 +1,4 @@
-"""Parallel layouts as configuration: how many ranks shard, how many replicate, and who owns the experts."""
+"""Parallel layouts as configuration: how many ranks shard, replicate and split matrices, and who owns the experts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moetrain.parallel.ranks import Ranks
 from moetrain.registry import register
 
 LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp_paper", "fssdp"]
+ProfileUse = Literal["auto", "measure", "assume"]
 Planner = Literal["owners_only", "everywhere", "sparse_materialization", "two_level"]
 
 
@@ -28,6 +29,10 @@ class FSSDPSettings:
     split: Literal["quota", "even"] = setting("quota", doc="tokens over copies: quotas that balance ranks, or evenly after local copies")
     transport: Transport = setting("direct", doc="copies travel from owner to holders, once per node (two_stage), or by stripes")
     rematerialize: bool = setting(False, doc="free copies after the forward pass and fetch them again for the backward")
+    accumulate: Literal["micro_batch", "step"] = setting(
+        "micro_batch", doc="copies and their gradients travel in every micro-batch, or once per step (and stay in memory for all of it)"
+    )
+    calibrate: bool = setting(False, doc="once the router has chosen, more copies if that pays although nothing hides their transfer")
     prediction: Literal["window", "exponential", "last"] = setting(
         "window", doc="of loads: mean of the last steps, decaying mean, last step"
     )
@@ -38,10 +43,12 @@ class FSSDPSettings:
 
 @dataclass(frozen=True)
 class Layout:
-    """replicate x shard ranks. Experts: sharded like dense parameters (fsdp), or owned whole, one owner per expert in
-    each replica, with the copies that a planner chooses.
+    """replicate x shard x tensor ranks, neighbours in the tensor dimension. Experts: sharded like dense parameters
+    (fsdp), or owned whole, one owner per expert in each replica, with the copies that a planner chooses. What owns an
+    expert, or holds a copy, are ``expert_tensor`` neighbours together.
 
-    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. timeout_seconds: of collectives.
+    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel; None: as the profile of the machine
+    advises. deduplicate: each token crosses to a node once. timeout_seconds: of collectives.
     """
 
     name: LayoutName
@@ -49,12 +56,39 @@ class Layout:
     shard: int
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
-    degree: int = 1
+    degree: int | None = 1
+    deduplicate: bool = False
+    profile: ProfileUse = "assume"
     timeout_seconds: float = 600.0
+    tensor: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def data_world_size(self) -> int:
+        """Ranks with different data: W in the scaling of losses and gradients."""
+        return self.replicate * self.shard
 
     @property
     def world_size(self) -> int:
-        return self.replicate * self.shard
+        return self.data_world_size * self.tensor
+
+    @property
+    def expert_ranks(self) -> int:
+        """Owners of experts in each replica: ranks, or groups of ranks that share their experts."""
+        return self.shard * self.tensor // self.expert_tensor
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Global ranks that split matrices together and see the same data."""
+        return [list(range(first, first + self.tensor)) for first in range(0, self.world_size, self.tensor)]
+
+    def data_groups(self) -> list[list[int]]:
+        """Global ranks that hold the same parts of matrices (before sharding) and see different data."""
+        return [list(range(first, self.world_size, self.tensor)) for first in range(self.tensor)]
+
+    def expert_groups(self) -> list[list[int]]:
+        """Global ranks among which the experts of one replica, or one part of each of them, are spread."""
+        size, step = self.shard * self.tensor, self.expert_tensor
+        return [list(range(first + part, first + size, step)) for first in range(0, self.world_size, size) for part in range(step)]
 
     @property
     def places_experts(self) -> bool:
@@ -72,7 +106,8 @@ class Layout:
 class ParallelConfig(Component):
     """Fields that all layouts share."""
 
-    tensor: int = setting(1, doc="ranks that split each matrix", ge=1)
+    tensor: int = setting(1, doc="neighbouring ranks that split each dense matrix, the heads and the vocabulary", ge=1)
+    expert_tensor: int = setting(1, doc="of these, neighbours that split each expert; the others hold other experts", ge=1)
     replicate: int = setting(1, doc="replicas of the sharded state (HSDP); gradients are summed across them", ge=1)
     nodes: int | None = setting(
         None, doc="nodes that the ranks are on, equally many on each; default: as torchrun or SLURM started them", ge=1
@@ -80,10 +115,12 @@ class ParallelConfig(Component):
 
     def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
         """What this layout requires of the number of ranks."""
-        if self.tensor != 1:
-            yield Problem(f"{path}.tensor", self.tensor, "must be 1: tensor parallelism is not available in this version")
+        if self.tensor % self.expert_tensor:
+            yield Problem(f"{path}.expert_tensor", self.expert_tensor, f"must divide {path}.tensor ({self.tensor})")
         if world_size % self.replicate:
             yield Problem(f"{path}.replicate", self.replicate, f"must divide the {world_size} ranks")
+        elif world_size % (self.replicate * self.tensor):
+            yield Problem(f"{path}.tensor", self.tensor, f"must divide the {world_size // self.replicate} ranks of each replica")
         if self.nodes is not None and world_size % self.nodes:
             yield Problem(f"{path}.nodes", self.nodes, f"must divide the {world_size} ranks")
 
@@ -92,11 +129,15 @@ class ParallelConfig(Component):
         return Layout(
             self.layout_name(world_size),
             self.replicate,
-            world_size // self.replicate,
+            world_size // (self.replicate * self.tensor),
             fssdp=self.placement(),
             ranks_per_node=None if self.nodes is None else world_size // self.nodes,
             degree=getattr(self, "degree", 1),
+            deduplicate=getattr(self, "deduplicate", False),
+            profile=getattr(self, "profile", "assume"),
             timeout_seconds=timeout_seconds,
+            tensor=self.tensor,
+            expert_tensor=self.expert_tensor,
         )
 
     def layout_name(self, world_size: int) -> LayoutName:
@@ -127,6 +168,11 @@ class SingleConfig(ParallelConfig):
 class FSDPConfig(ParallelConfig):
     """FSDP2 for all parameters, experts included: all weights move, no tokens move."""
 
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        yield from super().check(path, world_size=world_size, num_experts=num_experts)
+        if self.expert_tensor != 1:
+            yield Problem(f"{path}.expert_tensor", self.expert_tensor, "must be 1: only experts that have owners are split")
+
     def layout_name(self, world_size: int) -> LayoutName:
         return "fsdp"
 
@@ -135,7 +181,20 @@ class FSDPConfig(ParallelConfig):
 class PlacedConfig(ParallelConfig):
     """Layouts in which whole experts have owners; FSDP2 for everything else."""
 
-    degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
+    degree: int | None = setting(
+        None,
+        doc="chunks in which tokens travel, so that one is computed while others are under way; default: as the profile says, else 1",
+        ge=1,
+    )
+    deduplicate: bool = setting(False, doc="a token with several experts on one node crosses to that node once")
+    profile: ProfileUse = setting(
+        "auto", doc="costs for planners. auto: what `moetrain bench profile` measured, else assumed; measure: measured now if need be"
+    )
+
+    def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
+        yield from super().check(path, world_size=world_size, num_experts=num_experts)
+        if self.deduplicate and self.degree not in (None, 1):
+            yield Problem(f"{path}.degree", self.degree, f"must be 1 with {path}.deduplicate: tokens in two hops are not cut into chunks")
 
 
 @register("parallel", "ep", source="GShard 2006.16668")
@@ -180,11 +239,14 @@ class FSSDPConfig(PlacedConfig):
 
     def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
         yield from super().check(path, world_size=world_size, num_experts=num_experts)
-        foreign = num_experts - num_experts // max(1, world_size // self.replicate)
+        foreign = num_experts - num_experts // max(1, world_size // (self.replicate * self.expert_tensor))
         if self.fssdp.extra_slots > foreign:
             yield Problem(
                 f"{path}.fssdp.extra_slots", self.fssdp.extra_slots, f"must be <= {foreign}, the experts that a rank does not own"
             )
+
+        if self.fssdp.accumulate == "step" and self.fssdp.rematerialize:
+            yield Problem(f"{path}.fssdp.accumulate", "step", f"keeps copies for the whole step: needs {path}.fssdp.rematerialize=false")
 
     def layout_name(self, world_size: int) -> LayoutName:
         return "fssdp"

@@ -1,13 +1,13 @@
 """Puts a single-device model on ranks: ownership of experts, sharding of the rest, materialisation, initial weights.
 
-The order is the same for every model: narrow experts to their owners, activation checkpointing, FSDP2, allocate
-from meta, initialise. ``ParallelModel`` then answers all questions that depend on the layout: which parameters are
+The order is the same for every model: narrow experts to their owners, split matrices, activation checkpointing,
+FSDP2, allocate from meta, initialise. ``ParallelModel`` then answers all questions that depend on the layout: which parameters are
 experts, what a rank's part of the checkpoint is, how gradients become global ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,24 +16,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moetrain.models.common.decoder import Decoder
 from moetrain.models.common.init import Init, draw
 from moetrain.moe.context import LayerStatistics, LocalReducer, Reducer
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
-from moetrain.parallel.collectives import GroupReducer
+from moetrain.parallel.collectives import GroupReducer, Peers
+from moetrain.parallel.dense import SlicedExecutor, split_dense, sum_in_place
 from moetrain.parallel.executor import Links, PlacedExecutor
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.placement.dispatch import split_even, split_quota
-from moetrain.parallel.placement.plan import Cluster, Integers
+from moetrain.parallel.placement.plan import Integers
 from moetrain.parallel.placement.planners import even_sharding, heterogeneous_sharding
 from moetrain.parallel.placement.predict import SlidingWindow
 from moetrain.parallel.placement.scheduler import LayerFigures, LayerScheduler
+from moetrain.parallel.profile import MachineProfile
 from moetrain.parallel.ranks import Ranks
-from moetrain.parallel.scheduling import layer_cost, make_planner, make_predictor, overlap_degree
+from moetrain.parallel.scheduling import (
+    describe_cluster,
+    layer_cost,
+    machine_profile,
+    make_calibration,
+    make_planner,
+    make_predictor,
+    overlap_degree,
+    pipeline_degree,
+)
 from moetrain.parallel.transport import new_peers
 
 
@@ -47,16 +58,22 @@ class ParallelModel:
     """A model in its layout.
 
     owned: names of the expert parameters of which each rank holds its own rows as plain tensors (ep); all other
-    parameters are DTensors, or plain on one process. world, replicas: process groups, None on one process.
-    schedulers: plans of placed experts, by MoE layer.
+    parameters are DTensors, or plain on one process. partial: names of those that all ranks of a tensor group hold
+    alike, each with its own part of the gradient. Process groups, None on one process: world, data (ranks with different
+    data that hold the same parts of matrices), replicas; tensor, None without tensor parallelism. expert_parts: mesh of
+    the ranks that share each owned expert, None if experts are whole. schedulers: plans of placed experts, by MoE layer.
     """
 
     model: Decoder
     layout: Layout
     device: torch.device
     owned: frozenset[str]
+    partial: frozenset[str] = frozenset()
     world: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
     replicas: dist.ProcessGroup | None = None
+    tensor: dist.ProcessGroup | None = None
+    expert_parts: DeviceMesh | None = None
     schedulers: dict[str, LayerScheduler] = field(default_factory=dict)
     overlap_degree: int = 0
     loads: SlidingWindow = field(default_factory=SlidingWindow)
@@ -96,16 +113,17 @@ class ParallelModel:
         if not self.schedulers:
             return {}
         layers = {name: scheduler.state() for name, scheduler in self.schedulers.items()}
-        return {"layout": self.layout.name, "shard": self.layout.shard, "layers": layers, "loads": self.loads.state()}
+        return {"layout": self.layout.name, "ranks": self.layout.expert_ranks, "layers": layers, "loads": self.loads.state()}
 
     def executors(self) -> dict[str, PlacedExecutor]:
         """Executors that place experts, by the name of their MoE layer."""
-        layers = self.model.moe_layers()
-        return {name: layer.executor for name, layer in layers.items() if isinstance(layer.executor, PlacedExecutor)}
+        executors = {name: layer.executor for name, layer in self.model.moe_layers().items()}
+        inner = {name: executor.inner if isinstance(executor, SlicedExecutor) else executor for name, executor in executors.items()}
+        return {name: executor for name, executor in inner.items() if isinstance(executor, PlacedExecutor)}
 
     @property
     def reducer(self) -> Reducer:
-        return LocalReducer() if self.world is None else GroupReducer(self.world)
+        return LocalReducer() if self.data is None else GroupReducer(self.data)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters by name."""
@@ -123,8 +141,11 @@ class ParallelModel:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last backward of a step: FSDP has averaged its gradients over the data-parallel world; owned expert
-        gradients are sums over their group, copies included, and get the same divisor."""
-        for executor in self.executors().values():
+        gradients are sums over their group, copies included, and get the same divisor. Parts of tensor ranks are summed."""
+        executors = self.executors().values()
+        for executor in executors:
+            executor.post_gradients()
+        for executor in executors:
             executor.add_gradients()
         for name, parameter in self.parameters():
             if parameter.grad is None:
@@ -132,29 +153,35 @@ class ParallelModel:
             if name in self.owned:
                 if self.layout.replicate > 1:
                     dist.all_reduce(parameter.grad, group=self.replicas)
-                parameter.grad /= self.layout.world_size
+                parameter.grad /= self.layout.data_world_size
+        if self.tensor is not None:
+            sum_in_place([local(p.grad) for name, p in self.parameters() if name in self.partial and p.grad is not None], self.tensor)
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Scale all gradients so that their global norm is at most max_norm (None: only measure); returns the norm before.
 
-        Each parameter counts once: shards are disjoint, and what replicas hold in common is divided by their number.
+        Each parameter counts once: shards are disjoint, what replicas hold in common is divided by their number, and what
+        tensor ranks hold in common counts on the first of them.
         """
-        gradients = [local(p.grad) for _, p in self.parameters() if p.grad is not None]
-        squares = [norm.double().square() for norm in torch._foreach_norm([g for g in gradients if g.numel()])]
+        gradients = {name: local(p.grad) for name, p in self.parameters() if p.grad is not None}
+        repeated = self.partial if self.tensor is not None and self.tensor.rank() else ()
+        counted = [g for name, g in gradients.items() if g.numel() and name not in repeated]
+        squares = [norm.double().square() for norm in torch._foreach_norm(counted)]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
         if self.world is not None:
             dist.all_reduce(total, group=self.world)
             total /= self.layout.replicate
         norm = total.sqrt()
         if max_norm is not None and norm > max_norm:
-            torch._foreach_mul_(gradients, float(max_norm / norm))
+            torch._foreach_mul_(list(gradients.values()), float(max_norm / norm))
         return norm
 
     def logical(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The logical tensors that a parameter (or anything of its shape, e.g. a moment) stands for on this rank.
 
-        One key per dense parameter; for stacked expert parameters one key per held expert, as views.
+        One key per dense parameter; for stacked expert parameters one key per held expert, as views (DTensors if other
+        ranks hold the rest of the expert).
         """
         owner, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(owner)
@@ -164,7 +191,10 @@ class ParallelModel:
         rows = local(tensor).detach()
         for logical, parameter, row, part in module.logical():
             if parameter == attribute:
-                yield f"{owner}.{logical}", rows[row, part.start : part.stop]
+                held = rows[row, part.start : part.stop]
+                if self.expert_parts is not None:
+                    held = DTensor.from_local(held, self.expert_parts, [Shard(part.split_dim)], run_check=False)
+                yield f"{owner}.{logical}", held
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -203,27 +233,37 @@ def parallelize(
         model.to_empty(device=device)
         return ParallelModel(model, layout, device, frozenset())
 
-    mesh = init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (layout.replicate, layout.shard, layout.tensor), mesh_dim_names=("replicate", "shard", "tensor"))
     placement: dict[str, Any] = {}
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
     if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        placement = place_experts(model, layout, connect(mesh, ranks, layout, device), device, recompute, tokens_per_pass)
+        profile = machine_profile(layout, ranks, device)
+        placement = place_experts(model, layout, connect(layout, ranks, device, profile), device, recompute, tokens_per_pass, profile)
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
             chunks = torch.arange(module.num_experts).chunk(layout.shard)
             shard_rank = mesh.get_local_rank("shard")
             module.held = tuple(chunks[shard_rank].tolist()) if shard_rank < len(chunks) else ()
+    world, replicas = dist.group.WORLD, mesh.get_group("replicate")
+    placed = ParallelModel(model, layout, device, owned, world=world, data=world, replicas=replicas, **placement)
+    if layout.tensor > 1:
+        split_over_tensor_ranks(placed, mesh["tensor"], ranks)
     apply_fsdp(model, mesh, owned, hybrid=layout.replicate > 1)
     model.to_empty(device=device)
-    groups = {"world": dist.group.WORLD, "replicas": mesh.get_group("replicate")}
-    return ParallelModel(model, layout, device, owned, **groups, **placement)
+    return placed
 
 
 def place_experts(
-    model: Decoder, layout: Layout, links: Links, device: torch.device, recompute: bool, tokens_per_pass: int
+    model: Decoder,
+    layout: Layout,
+    links: Links,
+    device: torch.device,
+    recompute: bool,
+    tokens_per_pass: int,
+    profile: MachineProfile | None = None,
 ) -> dict[str, Any]:
     """Narrow the experts of every MoE layer to their owners and give it the executor and the scheduler of the layout.
 
@@ -234,7 +274,9 @@ def place_experts(
         layer = block.ffn
         if not isinstance(layer, MoELayer):
             continue
-        mixer_flops = 2.0 * tokens_per_pass * sum(p.numel() for p in block.attn.parameters())
+        assert isinstance(block.attn, nn.Module)
+        layer.experts.split(layout.expert_tensor)
+        mixer_flops = 2.0 * tokens_per_pass * sum(p.numel() for p in block.attn.parameters()) / layout.tensor
         hidden_size = model.embed.shape[1]
         cost = layer_cost(layer.experts, hidden_size, model.compute_dtype, settings, mixer_flops=mixer_flops, cluster=links.cluster)
         degrees.append(overlap_degree(settings, links.cluster, cost))
@@ -252,24 +294,39 @@ def place_experts(
             transport=settings.transport,
             rematerialize=settings.rematerialize,
             recompute=recompute,
-            degree=layout.degree,
+            degree=layout.degree or pipeline_degree(layer, cost, tokens_per_pass, links.cluster, profile),
+            deduplicate=layout.deduplicate,
+            keep=settings.accumulate == "step",
+            calibrate=make_calibration(settings, links.cluster, cost),
         )
     return {"schedulers": schedulers, "overlap_degree": min(degrees, default=0)}
 
 
-def connect(mesh: dist.device_mesh.DeviceMesh, ranks: Ranks, layout: Layout, device: torch.device) -> Links:
-    """Communicators over this rank's expert group. Collective over the world: all groups are made by all ranks."""
-    groups = mesh.mesh.reshape(-1, layout.shard).tolist() if mesh.ndim == 2 else [mesh.mesh.tolist()]
-    mine: list[Links] = []
-    for group in groups:
-        nodes = layout.nodes_of(group, ranks)
-        tokens, gather, reduce = (new_peers(group, nodes, layout.timeout_seconds) for _ in range(3))
-        if ranks.rank in group:
-            mine.append(Links(tokens, gather, reduce, default_cluster(nodes, device)))
-    return mine[0]
+def connect(layout: Layout, ranks: Ranks, device: torch.device, profile: MachineProfile | None = None) -> Links:
+    """Communicators over this rank's expert group. Collective over the world."""
+    tokens, gather, reduce = (join(layout.expert_groups(), layout, ranks) for _ in range(3))
+    return Links(tokens, gather, reduce, describe_cluster(tokens.node_of, device, profile))
 
 
-def apply_fsdp(model: Decoder, mesh: dist.device_mesh.DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:
+def split_over_tensor_ranks(placed: ParallelModel, mesh: DeviceMesh, ranks: Ranks) -> None:
+    """Tensor parallelism of a model whose experts have been narrowed. mesh: this rank's tensor group."""
+    layout, model = placed.layout, placed.model
+    peers = join(layout.tensor_groups(), layout, ranks)
+    if layout.expert_tensor > 1:
+        shape = (layout.world_size // layout.expert_tensor, layout.expert_tensor)
+        placed.expert_parts = init_device_mesh(placed.device.type, shape, mesh_dim_names=("expert", "part"))["part"]
+    placed.tensor, placed.data = peers.group, join(layout.data_groups(), layout, ranks).group
+    whole = frozenset(name for name, _ in model.named_parameters()) - split_dense(model, mesh, peers, placed.expert_parts)
+    placed.partial = whole - placed.owned
+
+
+def join(groups: Sequence[Sequence[int]], layout: Layout, ranks: Ranks) -> Peers:
+    """A communicator over that of these groups of global ranks in which this rank is. Collective over the world."""
+    peers = [new_peers(group, layout.nodes_of(group, ranks), layout.timeout_seconds) for group in groups]
+    return next(mine for group, mine in zip(groups, peers, strict=True) if ranks.rank in group)
+
+
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:
     """FSDP2 per block and for the rest; parameters named in ``owned`` are left alone.
 
     Parameters are gathered in their own dtype (float32 masters): the router and the norms compute in it.
@@ -277,15 +334,7 @@ def apply_fsdp(model: Decoder, mesh: dist.device_mesh.DeviceMesh, owned: frozens
     from torch.distributed.fsdp import fully_shard
 
     ignored = {parameter for name, parameter in model.named_parameters() if name in owned}
-    fsdp_mesh = mesh if hybrid else mesh["shard"]
+    fsdp_mesh = mesh["replicate", "shard"] if hybrid else mesh["shard"]
     for block in model.layers:
         fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored)
     fully_shard(model, mesh=fsdp_mesh, ignored_params=ignored)
-
-
-def default_cluster(node_of: tuple[int, ...], device: torch.device) -> Cluster:
-    """Links and processors as assumed without a measured profile: H100s with NVLink and 400 Gbit/s per node, or CPU
-    cores that talk over loopback."""
-    if device.type == "cuda":
-        return Cluster(node_of, intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=400e12)
-    return Cluster(node_of, intra_bandwidth=1e9, inter_bandwidth=1e9, latency=1e-3, flops=80e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,10 @@ class Ranks:
             local_rank=int(environ.get("LOCAL_RANK", 0)),
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
         )
+
+    def data_parallel(self, tensor: int) -> Ranks:
+        """This rank's place among data-parallel ranks: ``tensor`` neighbours share their micro-batches and count as one."""
+        return replace(self, rank=self.rank // tensor, world_size=self.world_size // tensor)
 
     def device(self, choice: str = "auto") -> torch.device:
         """The device of this rank. choice: auto, cpu or cuda. Raises ConfigError if that GPU is not there."""

@@ -23,9 +23,9 @@ def reshard(placed: ParallelModel, optimizer: torch.optim.Optimizer, step: int) 
 
 
 def restore_placement(placed: ParallelModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over the owners and load histories of a checkpoint that this layout has written on as many ranks; under any
+    """Take over the owners and load histories of a checkpoint that this layout has written for as many owners; under any
     other, experts stay where they are and histories begin anew."""
-    if (state.get("layout"), state.get("shard")) != (placed.layout.name, placed.layout.shard):
+    if (state.get("layout"), state.get("ranks")) != (placed.layout.name, placed.layout.expert_ranks):
         return
     move_owners(placed, optimizer, {name: layer["owner"] for name, layer in state["layers"].items()})
     for name, scheduler in placed.schedulers.items():

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,13 +53,13 @@ class Route:
         node. :func:`moetrain.parallel.placement.cost.gather_traffic` counts the same messages without making them.
         """
         if transport == "direct":
-            experts, ranks = plan.copies.nonzero()
+            experts, ranks = np.nonzero(plan.copies)
             messages = (Message(int(plan.owner[e]), int(r), int(e)) for e, r in zip(experts, ranks, strict=True))
             return cls((tuple(sorted(messages)),))
         stripes = 1 if transport == "two_stage" else max(len(members) for members in cluster.members)
         stages: list[set[Message]] = [set(), set(), set()]
         relay = relays(plan, cluster)
-        for expert in plan.copies.any(axis=1).nonzero()[0].tolist():
+        for expert in np.flatnonzero(plan.copies.any(axis=1)).tolist():
             if transport == "two_stage":
                 _two_stage(stages, expert, plan, cluster, relay[expert])
             else:
@@ -105,11 +106,14 @@ class Transfer:
     def __init__(self, plan: PlacementPlan, route: Route, size: int, peers: Peers) -> None:
         self.plan, self.route, self.size, self.peers = plan, route, size, peers
         self.widths = route.cut(size)
-        self.owned = plan.owned(peers.rank).tolist()
+        owned = plan.owned(peers.rank)
+        self.rows = np.flatnonzero(plan.copies[owned].any(axis=1)).tolist()
+        """Which of this rank's owned experts travel, as rows of their stacked parameters."""
+        self.sent = owned[self.rows].tolist()
         self.copied = plan.copied(peers.rank).tolist()
 
     def gather(self, rows: Tensor) -> PendingGather:
-        """Start SparseAllGather. rows: [owned experts, size], kept unchanged until the result is there."""
+        """Start SparseAllGather. rows: [travelling experts, size], kept unchanged until the result is there."""
         return PendingGather(self, rows)
 
     def reduce(self, gradients: Tensor) -> PendingReduce:
@@ -142,7 +146,7 @@ class PendingGather:
     def __init__(self, transfer: Transfer, rows: Tensor) -> None:
         self.transfer = transfer
         self.pieces: dict[Piece, Tensor] = {}
-        for expert, row in zip(transfer.owned, rows, strict=True):
+        for expert, row in zip(transfer.sent, rows, strict=True):
             self.pieces.update({(expert, i): part for i, part in enumerate(row.split(transfer.widths))})
         self.like = rows
         self.current = transfer.start(transfer.route.stages[0], self.pieces, rows, back=False)
@@ -192,7 +196,7 @@ class PendingReduce:
                 self.pieces[message.piece] = part.to(self.sum_dtype) if held is None else held + part
             if following is not None:
                 self.current = transfer.start(following, self.pieces, self.like, back=True)
-        owned = set(transfer.owned)
+        owned = set(transfer.sent)
         stripes: dict[int, list[Tensor]] = defaultdict(list)
         for (expert, _), part in sorted((item for item in self.pieces.items() if item[0][0] in owned), key=lambda item: item[0]):
             stripes[expert].append(part)
@@ -201,7 +205,8 @@ class PendingReduce:
 
 def sparse_all_gather(rows: Tensor, plan: PlacementPlan, cluster: Cluster, peers: Peers, transport: Transport = "direct") -> Tensor:
     """rows: [owned experts, size] of this rank -> [copied experts, size]. Collective over the peers."""
-    return Transfer(plan, Route.of(plan, cluster, transport), rows.shape[1], peers).gather(rows).wait()
+    transfer = Transfer(plan, Route.of(plan, cluster, transport), rows.shape[1], peers)
+    return transfer.gather(rows[transfer.rows]).wait()
 
 
 def sparse_reduce_scatter(

@@ -1,56 +1,45 @@
-"""Clusters by name: links, processors and memory as their makers or papers state them, or as training assumes them here."""
+"""Clusters by name: links, processors and memory as papers and makers state them, or as training finds them here."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
-from moetrain.parallel.parallelize import default_cluster
+from moetrain.parallel.placement.plan import Cluster
+from moetrain.parallel.profile import Machine, load_profile
+from moetrain.parallel.scheduling import describe_cluster
 
 ClusterName = Literal["here", "h100", "hecate_a", "hecate_b"]
 
-
-@dataclass(frozen=True)
-class ClusterPreset:
-    """Bandwidths in bytes/s as in :class:`moetrain.parallel.placement.plan.Cluster`, latency in seconds, flops in FLOP/s that
-    experts reach, memory of a rank in bytes; None where it is not known."""
-
-    nodes: int
-    ranks_per_node: int
-    intra_bandwidth: float
-    inter_bandwidth: float
-    latency: float
-    flops: float
-    memory: float | None
+HECATE: dict[str, tuple[dict[str, Any], float]] = {
+    "hecate_a": (dict(intra_bandwidth=150e9, inter_bandwidth=12.5e9, latency=20e-6, flops=62e12), 32 * 2.0**30),
+    "hecate_b": (dict(intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=156e12), 40 * 2.0**30),
+}
+"""Links and bytes per rank of arXiv 2502.02581 section 5: V100s and A100s, of whose NVLinks 300 and 600 GB/s count both
+directions. Latency, and experts at half of the tensor cores' 125 and 312 TFLOP/s, are assumed."""
 
 
-# arXiv 2502.02581 section 5: NVLink's 300 and 600 GB/s count both directions; experts at half of the tensor cores' 125 and
-# 312 TFLOP/s, and 20 us of latency, are assumed
-HECATE_A = ClusterPreset(4, 8, intra_bandwidth=150e9, inter_bandwidth=12.5e9, latency=20e-6, flops=62e12, memory=32 * 2.0**30)
-HECATE_B = ClusterPreset(4, 8, intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=156e12, memory=40 * 2.0**30)
+def named_cluster(name: ClusterName, *, nodes: int | None = None, ranks_per_node: int | None = None) -> tuple[Cluster, float | None]:
+    """The cluster of this name and the bytes of memory of a rank, None if they are not known.
 
-
-def preset(name: ClusterName, *, ranks: int = 1) -> ClusterPreset:
-    """The cluster of this name. here: this machine with ``ranks`` ranks, as training assumes it without a profile."""
-    if name == "hecate_a":
-        return HECATE_A
-    if name == "hecate_b":
-        return HECATE_B
+    here: this machine as `moetrain bench profile` has measured it with as many nodes and ranks, else as training assumes
+    it. nodes, ranks_per_node: default 1 x 1 for here, 4 x 8 for the others.
+    """
+    if name == "here":
+        nodes, ranks_per_node = nodes or 1, ranks_per_node or 1
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        file = replace(Machine.here(device, nodes * ranks_per_node, ranks_per_node), backend=backend).file()
+        profile = load_profile(file) if file.exists() else None
+        return describe_cluster(Cluster.even(nodes, ranks_per_node).node_of, device, profile), memory_here(device, ranks_per_node)
+    shape = Cluster.even(nodes or 4, ranks_per_node or 8)
     if name == "h100":
-        return assumed(torch.device("cuda"), nodes=4, ranks_per_node=8, memory=80e9)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return assumed(device, nodes=1, ranks_per_node=ranks, memory=memory_here(device, ranks))
-
-
-def assumed(device: torch.device, *, nodes: int, ranks_per_node: int, memory: float | None) -> ClusterPreset:
-    """What training assumes of processors of this type."""
-    links = default_cluster((0,), device)
-    return ClusterPreset(
-        nodes, ranks_per_node, links.intra_bandwidth, links.inter_bandwidth, latency=links.latency, flops=links.flops, memory=memory
-    )
+        return describe_cluster(shape.node_of, torch.device("cuda"), None), 80e9
+    links, memory = HECATE[name]
+    return replace(shape, **links), memory
 
 
 def memory_here(device: torch.device, ranks: int) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moetrain.config import setting
@@ -13,7 +13,7 @@ from moetrain.parallel.layouts import FSSDPConfig, FSSDPSettings
 from moetrain.parallel.placement.cost import LayerCost, Transport
 from moetrain.parallel.placement.plan import Cluster
 from moetrain.parallel.scheduling import layer_cost
-from moetrain.simulate.clusters import ClusterName, ClusterPreset, preset
+from moetrain.simulate.clusters import ClusterName, named_cluster
 from moetrain.simulate.model import ModelSizes
 from moetrain.simulate.replay import Replay, replay
 from moetrain.simulate.report import PlanReport
@@ -28,7 +28,7 @@ class PlanSettings:
     """What each way of placing experts would do: balance, traffic, modelled time and memory.
 
     The model is that of a run (run=DIR), or what overrides as for `moetrain train` describe: model=deepseek_moe_16b.
-    A step is one forward and one backward pass of every rank.
+    A step is one forward and one backward pass of every rank; all ranks share the experts.
     """
 
     run: str | None = setting(None, doc="run folder whose model and trace to take; default: the configuration of the overrides")
@@ -65,6 +65,9 @@ def main(settings: PlanSettings, config: Config) -> PlanReport:
     sizes = ModelSizes.of(build_model(config, vocab_size(settings, config)))
     if not sizes.layers:
         raise ConfigError([Problem("model", config.model.kind, "has no MoE layers")])
+    alone = [name for name in ("tensor", "expert_tensor", "replicate") if getattr(config.parallel, name) != 1]
+    if alone:
+        raise ConfigError([Problem(f"parallel.{name}", getattr(config.parallel, name), "is not simulated: must be 1") for name in alone])
     cluster, memory = described_cluster(settings, config)
     base = config.parallel.fssdp if isinstance(config.parallel, FSSDPConfig) else FSSDPSettings()
     given = {name: getattr(settings, name) for name in ("extra_slots", "overlap_degree", "transport")}
@@ -136,13 +139,13 @@ def vocab_size(settings: PlanSettings, config: Config) -> int:
 
 def described_cluster(settings: PlanSettings, config: Config) -> tuple[Cluster, float | None]:
     """The cluster and the memory of a rank in bytes."""
-    start = preset(settings.cluster, ranks=settings.ranks_per_node or config.launch.nproc_per_node)
-    given = {f.name: getattr(settings, f.name) for f in fields(ClusterPreset)}
-    described = replace(start, **{name: value for name, value in given.items() if value is not None})
-    if described.nodes * described.ranks_per_node == 1:
+    ranks_per_node = settings.ranks_per_node or (config.launch.nproc_per_node if settings.cluster == "here" else None)
+    cluster, memory = named_cluster(settings.cluster, nodes=settings.nodes, ranks_per_node=ranks_per_node)
+    if cluster.num_ranks == 1:
         raise ConfigError([Problem("ranks_per_node", 1, "one rank has nothing to choose; give nodes, ranks_per_node or cluster=h100")])
-    links = {name: getattr(described, name) for name in ("intra_bandwidth", "inter_bandwidth", "latency", "flops")}
-    return Cluster.even(described.nodes, described.ranks_per_node, **links), described.memory
+    given = {name: getattr(settings, name) for name in ("intra_bandwidth", "inter_bandwidth", "latency", "flops")}
+    cluster = replace(cluster, **{name: value for name, value in given.items() if value is not None})
+    return cluster, settings.memory or memory
 
 
 def described_trace(settings: PlanSettings, config: Config, sizes: ModelSizes, ranks: int) -> tuple[Trace, int]:

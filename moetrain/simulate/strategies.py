@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrain.parallel.layouts import FSSDPSettings
 from moetrain.parallel.layouts import Planner as PlannerName
-from moetrain.parallel.placement.baselines import eplb, shadowed_experts, split_equally
+from moetrain.parallel.placement.baselines import eplb, fastermoe_shadow
 from moetrain.parallel.placement.cost import LayerCost
 from moetrain.parallel.placement.dispatch import split_even, split_quota
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
@@ -76,20 +76,25 @@ def strategies(settings: FSSDPSettings, *, reshard_every: int, num_groups: int =
 
 
 def shadowing(settings: FSSDPSettings, cluster: Cluster, cost: LayerCost) -> Planner:
-    """FasterMoE's rule. Its model knows one bandwidth, that of a rank: here its share of the node's links."""
-    members = len(cluster.node_of) / cluster.num_nodes
+    """FasterMoE's rule. Its model knows one bandwidth, that of a rank: here its share of the node's links. It counts two
+    matrices: a gated expert's three are as many parameters in two wider ones."""
+    members = cluster.num_ranks / cluster.num_nodes
     bandwidth = cluster.inter_bandwidth / members if cluster.num_nodes > 1 else cluster.intra_bandwidth
-    token_seconds = 3 * cost.flops_per_token / cluster.flops + 4 * cost.token_bytes / bandwidth
-    expert_seconds = (cost.expert_bytes + cost.gradient_bytes) / bandwidth
+    parameters = cost.flops_per_token / 2
+    value_bytes = round(cost.expert_bytes / parameters)
+    hidden_size = cost.token_bytes // value_bytes
+    expansion = parameters / (2 * hidden_size**2)
 
     def plan(counts: Integers, owner: Integers) -> PlacementPlan:
-        return PlacementPlan.replicated(owner, shadowed_experts(counts.sum(axis=0), token_seconds, expert_seconds), cluster.num_ranks)
+        shadows = fastermoe_shadow(counts, hidden_size, expansion, bandwidth, cluster.flops, value_bytes)
+        return PlacementPlan.replicated(owner, shadows, cluster.num_ranks)
 
     return plan
 
 
 class PeriodicEPLB:
-    """A planner that places replicas when it first sees loads, and anew after every ``every`` steps."""
+    """A planner that places replicas when it first sees loads, and anew after every ``every`` steps. Ranks have slots for
+    their share of the experts and ``extra_slots`` more."""
 
     def __init__(self, cluster: Cluster, extra_slots: int, every: int, num_groups: int) -> None:
         self.cluster, self.extra_slots, self.every, self.num_groups = cluster, extra_slots, every, num_groups
@@ -100,11 +105,30 @@ class PeriodicEPLB:
         if not predicted.any():
             return self.plan or owners_only(owner, self.cluster.num_ranks)
         if self.plan is None or self.age == self.every:
-            owner = owner if self.plan is None else self.plan.owner
-            self.plan = eplb(predicted.sum(axis=0), owner, self.cluster, self.extra_slots, num_groups=self.num_groups)
+            self.plan = self.place(predicted.sum(axis=0), owner if self.plan is None else self.plan.owner)
             self.age = 0
         self.age += 1
         return self.plan
+
+    def place(self, loads: Integers, owner: Integers) -> PlacementPlan:
+        """The placement for loads [E]. Experts stay with the owners [E] that keep a replica: fewer states move."""
+        ranks = self.cluster.num_ranks
+        slots = ranks * (-(-loads.size // ranks) + self.extra_slots)
+        plan = eplb(loads[None], slots, self.num_groups, self.cluster.num_nodes, ranks).plan(0, ranks)
+        stays = plan.holders[np.arange(loads.size), owner]
+        return replace(plan, owner=np.where(stays, owner, plan.owner))
+
+
+def split_equally(counts: Integers, plan: PlacementPlan, cluster: Cluster) -> Integers:
+    """Equal parts to all holders, near or far, which is what EPLB balances.
+
+    counts: [R, E] int64. Returns [R, E, R] int64; of n rows over k holders each gets floor(n / k), and holder j one more
+    when (j - source) mod k < n mod k.
+    """
+    k = plan.holders.sum(axis=1, keepdims=True)
+    share, remainder = np.divmod(counts[:, :, None], k)
+    place = plan.holders.cumsum(axis=1) - 1 - np.arange(len(counts))[:, None, None]
+    return (share + (place % k < remainder)) * plan.holders
 
 
 def experts_by_rank(plans: list[PlacementPlan]) -> tuple[Integers, Integers]:

@@ -77,7 +77,7 @@ def synthetic_batch(scenario: Scenario, step: int, index: Tensor) -> Batch:
 
 
 def local_batches(scenario: Scenario, step: int, ranks: Ranks) -> list[Batch]:
-    """This rank's micro-batches, cut as :class:`moetrain.train.data.BatchPlan` does."""
+    """A data-parallel rank's micro-batches, cut as :class:`moetrain.train.data.BatchPlan` does."""
     micro = scenario.micro_batch_size or scenario.batch_size // ranks.world_size
     count = scenario.batch_size // (micro * ranks.world_size)
     firsts = [(i * ranks.world_size + ranks.rank) * micro for i in range(count)]
@@ -105,11 +105,12 @@ def train_steps(
     optimizer = AdamWConfig(lr=scenario.lr).build(placed)
     outcome, objective = Outcome(), LanguageModelingConfig().build()
     for step in range(scenario.steps):
-        batches = local_batches(scenario, step, ranks)
+        batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
         placed.begin_step()
-        for name, executor in placed.executors().items() if plans else ():
-            executor.plan = plans(executor, name, step)
+        if plans is not None:
+            for name, executor in placed.executors().items():
+                executor.plan = plans(executor, name, step)
         optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
         if step == scenario.steps - 1:

@@ -18,7 +18,8 @@ from moetrain.parallel.ranks import Ranks
 class BatchPlan:
     """Cuts a global batch into accumulation steps x ranks x micro-batches.
 
-    The set of sequences of a step does not depend on the cut, so neither does the sum of their gradients.
+    The set of sequences of a step does not depend on the cut, so neither does the sum of their gradients. ranks: this
+    rank among the data-parallel ones.
     """
 
     sequences: PackedSequences

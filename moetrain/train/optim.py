@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
@@ -44,10 +46,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(placed: ParallelModel, weight_decay: float) -> list[dict[str, object]]:
-    """Groups by (owned expert or not) x (decayed or not): fused kernels refuse DTensors and plain tensors in one group."""
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in placed.parameters():
-        groups.setdefault((name in placed.owned, parameter.ndim > 1), []).append(parameter)
+    """Groups by (mesh or plain) x (decayed or not): fused kernels refuse DTensors of two meshes, or beside plain tensors,
+    in one group."""
+    groups: dict[tuple[DeviceMesh | None, bool], list[torch.nn.Parameter]] = {}
+    for _, parameter in placed.parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((mesh, parameter.ndim > 1), []).append(parameter)
     return [{"params": params, "weight_decay": weight_decay if decayed else 0.0} for (_, decayed), params in groups.items()]
 
 

@@ -91,15 +91,15 @@ class Trainer:
         """Build and place the model, allocate the optimizer."""
         check_vocabulary(config, data)
         device = ranks.device(config.train.device)
-        micro = config.micro_batch_size(ranks.world_size)
+        layout = config.parallel.resolve(ranks.world_size, timeout_seconds=config.launch.timeout_seconds)
+        micro = config.micro_batch_size(layout.data_world_size)
 
         def plan(tokens: Any) -> BatchPlan:
             sequences = PackedSequences(tokens, seq_len=config.data.seq_len, eos_id=data.eos_id, mask_documents=config.data.mask_documents)
-            return BatchPlan(sequences, config.train.seed, config.train.global_batch_size, micro, ranks)
+            return BatchPlan(sequences, config.train.seed, config.train.global_batch_size, micro, ranks.data_parallel(layout.tensor))
 
         model = build_model(config, data.vocab_size)
         flops, size = FlopCounter(model), count_parameters(model)
-        layout = config.parallel.resolve(ranks.world_size, timeout_seconds=config.launch.timeout_seconds)
         tokens = micro * config.data.seq_len
         placed = parallelize(model, layout, ranks, device=device, recompute=config.train.recompute, tokens_per_pass=tokens)
         placed.initialise(config.train.seed)

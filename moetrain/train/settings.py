@@ -31,7 +31,9 @@ class TrainSection:
     seed: int = setting(0, doc="seed of initial weights, data order and noise", ge=0)
     dtype: Literal["float32", "bfloat16", "float64"] = setting("float32", doc="dtype of computation; bfloat16 keeps float32 master weights")
     global_batch_size: int = setting(doc="sequences per optimizer step, over all ranks", ge=1)
-    micro_batch_size: int | None = setting(None, doc="sequences per rank and forward pass; default: global_batch_size / ranks", ge=1)
+    micro_batch_size: int | None = setting(
+        None, doc="sequences per data-parallel rank and forward pass; default: global_batch_size / those ranks", ge=1
+    )
     recompute: bool = setting(False, doc="activation checkpointing of every block (the routing decision is stored, not recomputed)")
     max_skipped_steps: int = setting(20, doc="give up after this many steps in a row with non-finite gradients", ge=1)
     threads: int | None = setting(None, doc="CPU threads per rank; default: $OMP_NUM_THREADS, else cores / ranks on this machine", ge=1)
@@ -119,22 +121,36 @@ class Config:
     def layout_problems(self, world_size: int) -> Iterable[Problem]:
         """Rules that depend on how many ranks there are."""
         yield from self.parallel.check("parallel", world_size=world_size, num_experts=self.experts.num_experts)
+        yield from self.tensor_problems()
         batch, micro = self.train.global_batch_size, self.train.micro_batch_size
-        if batch % world_size:
-            yield Problem("train.global_batch_size", batch, f"must be divisible by the {world_size} data-parallel ranks")
-        elif micro is not None and (batch // world_size) % micro:
+        ranks = max(1, world_size // self.parallel.tensor)
+        if batch % ranks:
+            yield Problem("train.global_batch_size", batch, f"must be divisible by the {ranks} data-parallel ranks")
+        elif micro is not None and (batch // ranks) % micro:
             yield Problem(
                 "train.micro_batch_size",
                 micro,
-                f"must divide the {batch // world_size} sequences that each of {world_size} ranks has per step",
+                f"must divide the {batch // ranks} sequences that each of {ranks} data-parallel ranks has per step",
             )
 
-        tokens = self.micro_batch_size(world_size) * self.data.seq_len
+        tokens = self.micro_batch_size(ranks) * self.data.seq_len
+        if tokens % self.parallel.tensor:
+            yield Problem("parallel.tensor", self.parallel.tensor, f"must divide the {tokens} tokens of a micro-batch")
         for path, component in {"capacity": self.capacity, **{f"loss.{name}": loss for name, loss in self.loss.items()}}.items():
             groups = getattr(component, "num_groups", 1)
             if tokens % groups:
                 yield Problem(f"{path}.num_groups", groups, f"must divide the {tokens} tokens of a rank's micro-batch")
 
-    def micro_batch_size(self, world_size: int) -> int:
-        """Sequences per rank and forward pass."""
-        return self.train.micro_batch_size or self.train.global_batch_size // world_size
+    def tensor_problems(self) -> Iterable[Problem]:
+        """What the ranks that split a matrix, or an expert, must divide."""
+        for name in ("num_heads", "num_kv_heads"):
+            heads = getattr(self.model, name, None)
+            if heads is not None and heads % self.parallel.tensor:
+                yield Problem("parallel.tensor", self.parallel.tensor, f"must divide model.{name} ({heads})")
+        width = getattr(self.experts, "width", None)
+        if width is not None and width % self.parallel.expert_tensor:
+            yield Problem("parallel.expert_tensor", self.parallel.expert_tensor, f"must divide experts.width ({width})")
+
+    def micro_batch_size(self, data_ranks: int) -> int:
+        """Sequences per forward pass. data_ranks: data-parallel ranks."""
+        return self.train.micro_batch_size or self.train.global_batch_size // data_ranks

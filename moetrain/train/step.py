@@ -1,7 +1,8 @@
 """One optimizer step: the only place where losses of micro-batches and ranks become one gradient.
 
 N valid tokens in the whole step, W data-parallel ranks: the local loss is W * (sum over local tokens) / N, and
-gradients are averaged over W, so the result is the gradient of the mean over all tokens whatever the layout.
+gradients are averaged over W, so the result is the gradient of the mean over all tokens whatever the layout. Tensor
+ranks compute the same loss together: each takes an equal share of it into its backward, and gradients sum the shares.
 """
 
 from __future__ import annotations
@@ -60,12 +61,13 @@ def all_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def count_units(batches: Sequence[Batch], placed: ParallelModel, flags: Sequence[int] = ()) -> tuple[Totals, list[int]]:
-    """Totals of the step, and ``flags`` summed over ranks in the same collective."""
+    """Totals of the step, and ``flags`` summed over all ranks in the same collective."""
     valid = [batch.targets != IGNORE for batch in batches]
     tokens = sum(int(v.sum()) for v in valid)
     sequences = sum(int(v.any(dim=1).sum()) for v in valid)
     sums = all_sum(torch.tensor([tokens, sequences, *flags], device=placed.device), placed.world).tolist()
-    return Totals(sums[0], sums[1], len(batches)), sums[2:]
+    tensor = placed.layout.tensor  # that many ranks have counted the same tokens
+    return Totals(sums[0] // tensor, sums[1] // tensor, len(batches)), sums[2:]
 
 
 def make_context(batch: Batch, placed: ParallelModel, *, training: bool, seed: int, step: int, total_steps: int,
@@ -81,7 +83,7 @@ def make_context(batch: Batch, placed: ParallelModel, *, training: bool, seed: i
         total_steps=total_steps,
         seed=seed,
         training=training,
-        world_size=placed.layout.world_size,
+        world_size=placed.layout.data_world_size,
         totals=None if totals is None else totals.by_scope(),
         reducer=placed.reducer,
     )
@@ -99,7 +101,7 @@ def accumulate_gradients(
     phases: Phases,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches; leaves finished global gradients in ``.grad``."""
-    world = placed.layout.world_size
+    world = placed.layout.data_world_size
     tokens = max(1, totals.tokens)
     main = torch.zeros((), dtype=torch.float64, device=placed.device)
     terms: dict[str, Tensor] = {}
@@ -112,7 +114,7 @@ def accumulate_gradients(
             ctx.losses.update({name: value * (world / tokens) for name, value in sums.extra.items()})
             total = sums.main * (world / tokens) + sum(ctx.losses.values())
         with phases("backward"):
-            total.backward()
+            (total / placed.layout.tensor).backward()
         main += sums.main.detach()
         for name, value in ctx.losses.items():
             terms[name] = terms.get(name, 0.0) + value.detach().double()
@@ -128,11 +130,11 @@ def accumulate_gradients(
 def reduce_statistics(
     scalars: dict[str, Tensor], statistics: dict[str, LayerStatistics], placed: ParallelModel
 ) -> tuple[dict[str, float], dict[str, LayerStatistics]]:
-    """Sum scalars and layer statistics over all ranks in one collective (float64 holds counts up to 2^53 exactly)."""
+    """Sum scalars and layer statistics over data-parallel ranks in one collective (float64 holds counts up to 2^53)."""
     parts = [torch.stack([v.double() for v in scalars.values()])]
     for layer in statistics.values():
         parts += [layer.selected, layer.dispatched, layer.entropy.view(1), layer.tokens.view(1)]
-    flat = all_sum(torch.cat([part.double() for part in parts]), placed.world)
+    flat = all_sum(torch.cat([part.double() for part in parts]), placed.data)
     sizes = [part.numel() for part in parts]
     values, *rest = flat.split(sizes)
     layers = {}
@@ -154,5 +156,5 @@ def evaluate_loss(placed: ParallelModel, objective: Objective, batches: Iterable
         sums[1] += (batch.targets != IGNORE).sum()
     placed.reshard()
     placed.model.train()
-    loss, tokens = all_sum(sums, placed.world).tolist()
+    loss, tokens = all_sum(sums, placed.data).tolist()
     return loss / max(1.0, tokens), int(tokens)

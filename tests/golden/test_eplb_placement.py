@@ -1,30 +1,30 @@
-"""Replays the vectors ``eplb-placement``: slots of DeepSeek's load balancer and the load of every rank."""
+"""Replays the vectors ``eplb-placement``: replicas, their slots and the resulting loads."""
 
 import numpy as np
 import pytest
-import torch
 
-from moetrain.parallel.placement.baselines import eplb_slots
+from moetrain.parallel.placement.baselines import eplb
 from moetrain.testing.golden import golden
-from moetrain.testing.tolerances import assert_close
 
-META, DATA = golden("eplb-placement")
+SLUG = "eplb-placement"
+META, DATA = golden(SLUG)
+CASES = {case["name"]: case for case in META["cases"]}
 
 
-@pytest.mark.parametrize("case", META["cases"], ids=lambda case: case["name"])
-def test_slots_and_loads(case):
-    name, ranks = case["name"], case["num_gpus"]
-    grouping = (case["num_groups"], case["num_nodes"]) if case["policy"] == "hierarchical" else (1, 1)
-    slots_of_layers = []
-    for layer, loads in enumerate(DATA[f"{name}.weight"].numpy()):
-        slots = eplb_slots(loads, case["num_replicas"], num_groups=grouping[0], num_nodes=grouping[1], num_ranks=ranks)
-        copies = np.bincount(slots, minlength=len(loads))
-        assert copies.tolist() == DATA[f"{name}.logcnt"][layer].tolist()
-        rank_loads = (loads / copies)[slots].reshape(ranks, -1).sum(axis=1)
-        assert_close(torch.from_numpy(rank_loads), DATA[f"{name}.gpu_load"][layer], kind="golden")
-        slots_of_layers.append(slots)
-    slots = np.stack(slots_of_layers)
-    assert slots.tolist() == DATA[f"{name}.phy2log"].tolist()
-    for layer, expected in enumerate(DATA[f"{name}.log2phy"].tolist()):
-        for expert, places in enumerate(expected):
-            assert sorted(place for place in places if place >= 0) == np.flatnonzero(slots[layer] == expert).tolist()
+@pytest.mark.parametrize("name", CASES)
+def test_replicas_and_slots(name):
+    case = CASES[name]
+    expected = {key.removeprefix(f"{name}."): value.numpy() for key, value in DATA.items() if key.startswith(f"{name}.")}
+    groups, nodes = (1, 1) if case["policy"].startswith("global") else (case["num_groups"], case["num_nodes"])
+    found = eplb(expected["weight"], case["num_replicas"], groups, nodes, case["num_gpus"])
+    assert np.array_equal(found.replicas, expected["logcnt"])
+    assert np.array_equal(found.logical, expected["phy2log"])
+    # replicas of one expert have equal loads: their order is the sorting library's
+    assert np.array_equal(np.sort(found.slots), np.sort(expected["log2phy"]))
+    loads = found.rank_loads(expected["weight"], case["num_gpus"])
+    np.testing.assert_allclose(loads, expected["gpu_load"], rtol=1e-6)
+    np.testing.assert_allclose(loads.max(axis=1) / loads.mean(axis=1), case["max_over_mean"], atol=5e-5)
+
+
+def test_every_tensor_belongs_to_a_case():
+    assert {key.split(".")[0] for key in DATA} == set(CASES)

@@ -34,11 +34,13 @@ def close(actual, expected, relative=1e-10):
         assert abs(a[2] - e[2]) <= relative * abs(e[2])
 
 
-@pytest.mark.parametrize("layout", ["ep", "fsdp"])
+@pytest.mark.parametrize("layout", ["ep", "fsdp", "ep parallel.tensor=2", "ep parallel.tensor=2 launch.nproc_per_node=4"])
 def test_several_ranks_give_the_same_losses(workspace, reference, layout):
-    done = moetrain("train", *TINY, f"parallel={layout}", "launch.nproc_per_node=2", f"run.dir={layout}", folder=workspace)
+    run = layout.replace(" ", "-")
+    done = moetrain("train", *TINY, "launch.nproc_per_node=2", *f"parallel={layout}".split(), f"run.dir='{run}'", folder=workspace)
     assert done.returncode == 0, done.stderr
-    close(losses(workspace / layout), reference)
+    close(losses(workspace / run), reference)
+    assert [line["tokens"] for line in lines(workspace / run)] == [4 * 16] * 8
 
 
 def test_kill_one_process_and_continue_bit_for_bit(workspace, reference):

@@ -17,6 +17,8 @@ from moetrain.models.common.attention import AttentionInput, KeyValueCache, Soft
 from moetrain.models.common.init import Init
 from moetrain.models.common.layers import Linear
 from moetrain.models.common.positions import rope_table
+from moetrain.models.common.sharding import SPLITS, Split, local_part
+from moetrain.models.common.vocabulary import Vocabulary, WholeVocabulary
 from moetrain.moe.context import ForwardContext
 from moetrain.moe.layer import MoELayer
 
@@ -61,10 +63,10 @@ def _recomputation(ctx: ForwardContext) -> Iterator[None]:
 
 
 class Decoder(nn.Module):
-    """tokens [B, S] -> logits [B, S, V] in at least float32.
+    """tokens [B, S] -> logits [B, S, V] in at least float32 (under tensor parallelism this rank's columns of them).
 
     rope_theta: None without rotary embedding. logit_scale: factor on the final hidden states. head: None if the
-    output is tied to the embedding. compute_dtype: dtype of activations.
+    output is tied to the embedding. compute_dtype: dtype of activations. vocabulary: replaced by ``parallel.parallelize``.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Decoder(nn.Module):
         logit_scale: float,
         compute_dtype: torch.dtype,
         init: Mapping[str, Init],
+        splits: Mapping[str, Split] = SPLITS,
     ) -> None:
         super().__init__()
         parameter_dtype = next(norm.parameters()).dtype
@@ -90,21 +93,23 @@ class Decoder(nn.Module):
         self.head_dim, self.rope_theta, self.logit_scale, self.compute_dtype = head_dim, rope_theta, logit_scale, compute_dtype
         self.init = init
         """Initialiser by parameter name pattern (``*`` matches anything); experts by their logical names."""
+        self.splits = splits
+        self.vocabulary: Vocabulary = WholeVocabulary()
 
     def forward(self, tokens: Tensor, ctx: ForwardContext, document: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         rope = None if self.rope_theta is None else rope_table(positions, self.head_dim, self.rope_theta, dtype=self.compute_dtype)
         shared = AttentionInput(positions=positions, rope=rope, document=document, cache=cache)
-        x = F.embedding(tokens, self.embed).to(self.compute_dtype)
+        x = self.vocabulary.embed(tokens, local_part(self.embed)).to(self.compute_dtype)
         for block in self.layers:
             x = block(x, shared, ctx)
         if cache is not None:
             cache.length += tokens.shape[1]
-        x = self.norm(x)
+        x = self.norm(x).view(*tokens.shape, -1)
         if self.logit_scale != 1.0:
             x = x * self.logit_scale
-        logits = F.linear(x, self.embed.to(x.dtype)) if self.head is None else self.head(x)
+        logits = F.linear(x, local_part(self.embed).to(x.dtype)) if self.head is None else self.head(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def moe_layers(self) -> dict[str, MoELayer]:

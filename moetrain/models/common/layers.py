@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moetrain.models.common.sharding import local_part
 from moetrain.ops.activations import Activation, hidden_activation
 
 
@@ -18,7 +19,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, local_part(self.weight).to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moetrain.models.common.sharding import local_part
+
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each [S, head_dim / 2], in at least float32. positions: [S] int64. (RoFormer, 2104.09864)"""
@@ -37,7 +39,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """query: [S] positions, key: [S'] positions -> [H, S, S']."""
-        return self.weight[:, self.bucket((query[:, None] - key[None, :]).clamp_min(0))]
+        return local_part(self.weight)[:, self.bucket((query[:, None] - key[None, :]).clamp_min(0))]
 
     def bucket(self, distance: Tensor) -> Tensor:
         """Bucket of a distance >= 0: exact below half of the buckets, logarithmic up to max_distance, then the last."""

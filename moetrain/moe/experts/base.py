@@ -14,13 +14,15 @@ class ExpertTensor:
     """Where one logical tensor of every expert lives in the stacked parameters.
 
     name: logical name within an expert, e.g. ``w_gate``. parameter: attribute of the stacked parameter [e, rows, ...].
-    start, stop: the rows that belong to it.
+    start, stop: the rows that belong to it. split_dim: dim of the logical tensor along which ranks that share an expert
+    cut it; those of one stacked parameter have the same.
     """
 
     name: str
     parameter: str
     start: int
     stop: int
+    split_dim: int
 
 
 class Experts(nn.Module):
@@ -54,6 +56,15 @@ class Experts(nn.Module):
         self.held = tuple(experts)
         for name, parameter in list(self.named_parameters()):
             shape = (len(self.held), *parameter.shape[1:])
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
+
+    def split(self, parts: int) -> None:
+        """Narrow the (uninitialised) parameters to one of ``parts`` equal parts of every expert, whose outputs sum to the
+        whole expert's."""
+        split_dims = {tensor.parameter: tensor.split_dim for tensor in self.tensors()}
+        for name, parameter in list(self.named_parameters()):
+            shape = list(parameter.shape)
+            shape[1 + split_dims[name]] //= parts
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
 
     def logical(self) -> Iterator[tuple[str, str, int, ExpertTensor]]:

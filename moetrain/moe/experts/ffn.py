@@ -40,10 +40,11 @@ class FFNExperts(Experts):
         self.w_out = nn.Parameter(torch.empty(config.num_experts, hidden_size, config.width, dtype=dtype))
 
     def tensors(self) -> Sequence[ExpertTensor]:
-        width, hidden = self.config.width, self.w_out.shape[1]
-        gate = [ExpertTensor("w_gate", "w_in", 0, width)] if self.config.gated else []
+        hidden, width = self.w_out.shape[1:]
+        gate = [ExpertTensor("w_gate", "w_in", 0, width, split_dim=0)] if self.config.gated else []
         start = width if self.config.gated else 0
-        return [*gate, ExpertTensor("w_up", "w_in", start, start + width), ExpertTensor("w_down", "w_out", 0, hidden)]
+        up = ExpertTensor("w_up", "w_in", start, start + width, split_dim=0)
+        return [*gate, up, ExpertTensor("w_down", "w_out", 0, hidden, split_dim=1)]
 
     def compute(self, x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
         w_in, w_out = (w.to(x.dtype) for w in weights)

@@ -1,117 +1,128 @@
-"""Placement rules of other systems, to compare with: FasterMoE's shadowing and DeepSeek's load balancer EPLB.
+"""Placements of other systems, to compare with: FasterMoE's shadowed experts and DeepSeek's EPLB.
 
-FasterMoE (PPoPP 2022; its latency model) copies hot experts to all ranks, after the gate and all or nothing. EPLB (MIT
-licence) fills a fixed number of slots per rank with replicas, balanced for loads of the past and kept for many steps.
-
-Letters: E experts, R ranks, N nodes.
+Written from descriptions of their algorithms. Letters: L layers, E experts, R ranks, P physical slots of all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moetrain.parallel.placement.plan import Booleans, Cluster, Integers, PlacementPlan
+from moetrain.parallel.placement.plan import Booleans, Integers, PlacementPlan
+
+Floats = NDArray[np.float32]
 
 
-def shadowed_experts(loads: Integers, token_seconds: float, expert_seconds: float) -> Booleans:
-    """[E] bool, the experts that FasterMoE copies to all ranks.
+def fastermoe_shadow(
+    counts: Integers, hidden_size: int, expansion: float, bandwidth: float, flops: float, value_bytes: int = 4
+) -> Booleans:
+    """[E] bool: the experts that FasterMoE (PPoPP 2022) copies to every rank, its shadows.
 
-    loads: [E] int64 tokens of all ranks. token_seconds: computation and all-to-alls of a step per token of the busiest
-    expert that is not copied. expert_seconds: broadcast and reduction of one expert. From the hottest expert on, one more
-    is copied while that shortens the modelled step; ties go to the lower id.
+    Experts in descending order of their tokens are shadowed while the modelled latency falls: four all-to-alls and three
+    GEMM passes for the hottest expert that is left, and for every shadow a broadcast and a reduction of its two matrices.
+
+    counts: [R, E] int64. expansion: width of an expert over ``hidden_size``. bandwidth: bytes/s; flops: FLOP/s.
     """
+    loads = counts.sum(axis=0)
     order = np.argsort(-loads, kind="stable")
-    # busiest[n]: the largest load when the n hottest experts are copied
-    busiest = np.append(loads[order], 0)
-    seconds = token_seconds * busiest + expert_seconds * np.arange(len(busiest))
-    worse = np.flatnonzero(seconds[1:] >= seconds[:-1])
-    copied = int(worse[0]) if worse.size else len(loads)
-    return np.isin(np.arange(len(loads)), order[:copied])
+    matrices = 2 * expansion * hidden_size**2  # parameters of one expert
+    per_token = 3 * 2 * matrices / flops + 4 * hidden_size * value_bytes / bandwidth
+    hottest_left = np.append(loads[order], 0)
+    latency = per_token * hottest_left + np.arange(order.size + 1) * (matrices * value_bytes / bandwidth)
+    rises = np.flatnonzero(np.diff(latency) >= 0)
+    shadows = np.zeros(order.size, dtype=bool)
+    shadows[order[: rises[0] if rises.size else order.size]] = True
+    return shadows
 
 
-def eplb_slots(loads: Integers, num_replicas: int, *, num_groups: int, num_nodes: int, num_ranks: int) -> Integers:
-    """[num_replicas] int64, the expert in each slot, slots listed rank by rank and ranks node by node.
+@dataclass(frozen=True, eq=False)
+class ReplicaPlacement:
+    """Replicas of experts in physical slots; the slots of rank r are r P / R and the following ones.
 
-    loads: [E] int64. If nodes divide the groups of neighbouring experts, each group stays within a node; otherwise
-    nodes do not matter. A rank may get several replicas of an expert.
-
-    Raises ValueError if the replicas are fewer than the experts or cannot be shared out equally.
+    logical: [L, P] int64 expert of each slot. slots: [L, E, most replicas] int64 slots of each expert, ascending, then -1.
+    replicas: [L, E] int64 number of slots of each expert.
     """
-    experts = len(loads)
+
+    logical: Integers
+    slots: Integers
+    replicas: Integers
+
+    def rank_loads(self, loads: Integers, ranks: int) -> Floats:
+        """[L, R] float32 tokens per rank if every expert ([L, E] ``loads``) serves its tokens in equal parts."""
+        per_slot = np.take_along_axis(loads.astype(np.float32) / self.replicas.astype(np.float32), self.logical, axis=1)
+        return per_slot.reshape(len(loads), ranks, -1).sum(axis=2)
+
+    def plan(self, layer: int, ranks: int) -> PlacementPlan:
+        """The placement of one layer; the rank of an expert's first slot owns it."""
+        slots_per_rank = self.logical.shape[1] // ranks
+        holders = np.zeros((self.replicas.shape[1], ranks), dtype=bool)
+        holders[self.logical[layer], np.arange(self.logical.shape[1]) // slots_per_rank] = True
+        return PlacementPlan(self.slots[layer, :, 0] // slots_per_rank, holders)
+
+
+def eplb(loads: Integers, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> ReplicaPlacement:
+    """DeepSeek's expert-parallel load balancer: replicas for hot experts, packed onto GPUs of equal slot counts.
+
+    If nodes divide the groups, hierarchically: groups of experts to nodes, replicas inside each node, replicas to the node's
+    GPUs. Otherwise all GPUs form one node and all experts one group. loads: [L, E] int64.
+
+    Raises ValueError if the numbers do not divide each other, or there are fewer replicas than experts.
+    """
+    experts = loads.shape[1]
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
-    if num_replicas < experts or num_replicas % num_ranks or num_ranks % num_nodes or experts % num_groups:
-        raise ValueError(
-            f"{num_replicas} replicas of {experts} experts in {num_groups} groups cannot fill {num_ranks} ranks on {num_nodes} nodes "
-            "equally"
-        )
-    groups = np.arange(experts).reshape(num_groups, -1)
-    slots: list[int] = []
-    for members in pack(loads[groups].sum(axis=1).tolist(), num_nodes):
-        of_node = groups[members].reshape(-1)
-        replicas = replicate(loads[of_node].tolist(), num_replicas // num_nodes)
-        copies = np.bincount(replicas)
-        for on_rank in pack((loads[of_node] / copies)[replicas].tolist(), num_ranks // num_nodes):
-            slots += of_node[[replicas[item] for item in on_rank]].tolist()
-    return np.array(slots, dtype=np.int64)
+    quantities = {"experts": (experts, num_groups), "groups": (num_groups, num_nodes)}
+    quantities |= {"replicas": (num_replicas, num_gpus), "GPUs": (num_gpus, num_nodes)}
+    for what, (number, parts) in quantities.items():
+        if number % parts:
+            raise ValueError(f"{number} {what} cannot be divided equally by {parts}")
+    if num_replicas < experts:
+        raise ValueError(f"{num_replicas} replicas are too few for {experts} experts")
+    logical = np.stack([eplb_layer(layer, num_replicas, num_groups, num_nodes, num_gpus) for layer in loads.astype(np.float32)])
+    replicas = np.stack([np.bincount(layer, minlength=experts) for layer in logical])
+    slots = np.full((*loads.shape, replicas.max()), -1, dtype=np.int64)
+    for layer, expert in np.ndindex(*loads.shape):
+        slots[layer, expert, : replicas[layer, expert]] = np.flatnonzero(logical[layer] == expert)
+    return ReplicaPlacement(logical, slots, replicas)
 
 
-def replicate(loads: Sequence[int], num_replicas: int) -> list[int]:
-    """The item behind each replica: one of each, then one more of the item with the largest load per replica."""
-    replicas = list(range(len(loads)))
-    copies = np.ones(len(loads), dtype=np.int64)
-    for _ in range(num_replicas - len(loads)):
-        hottest = int((np.asarray(loads) / copies).argmax())
-        replicas.append(hottest)
-        copies[hottest] += 1
-    return replicas
+def eplb_layer(loads: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Integers:
+    """[P] the expert of each slot; loads: [E] float32."""
+    by_group = np.arange(loads.size).reshape(num_groups, -1)
+    slots = []
+    for groups in pack(loads[by_group].sum(axis=1), num_nodes):
+        experts = by_group[groups].reshape(-1)
+        replica_of, count = replicate(loads[experts], num_replicas // num_nodes)
+        per_replica = (loads[experts] / count).astype(np.float32)
+        slots += [experts[replica_of[gpu]] for gpu in pack(per_replica[replica_of], num_gpus // num_nodes)]
+    return np.concatenate(slots)
 
 
-def pack(loads: Sequence[float], num_packs: int) -> list[list[int]]:
-    """Items in packs of equal size: heaviest first, each into the lightest pack with room."""
-    size = len(loads) // num_packs
-    if size == 1:
-        return [[item] for item in range(num_packs)]
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
-    weight = [0.0] * num_packs
-    for item in sorted(range(len(loads)), key=lambda item: -loads[item]):
-        lightest = min((p for p in range(num_packs) if len(packs[p]) < size), key=weight.__getitem__)
-        packs[lightest].append(item)
+def pack(loads: Floats, packs: int) -> list[Integers]:
+    """Equally many items for each of ``packs``: in descending order of load, each to the lightest pack with room. One item
+    each: the items in their order."""
+    room = loads.size // packs
+    if room == 1:
+        return list(np.arange(loads.size)[:, None])
+    filled: list[list[int]] = [[] for _ in range(packs)]
+    weight = np.zeros(packs, dtype=np.float32)
+    for item in np.argsort(-loads, kind="stable").tolist():
+        lightest = min((pack for pack in range(packs) if len(filled[pack]) < room), key=weight.__getitem__)
+        filled[lightest].append(item)
         weight[lightest] += loads[item]
-    return packs
+    return [np.array(items, dtype=np.int64) for items in filled]
 
 
-def eplb(loads: Integers, owner: Integers, cluster: Cluster, extra_slots: int, *, num_groups: int = 1) -> PlacementPlan:
-    """EPLB's replicas as a placement.
+def replicate(loads: Floats, num_replicas: int) -> tuple[Integers, Integers]:
+    """One replica of every item, then one more each time of the item with the largest load per replica.
 
-    loads: [E] int64. owner: [E] int64. Ranks have slots for their share of the experts and ``extra_slots`` more. An owner
-    that gets no replica hands its expert to the holder that owns the fewest experts.
+    Returns the item of each replica, [num_replicas], and the replicas of each item.
     """
-    ranks, experts = cluster.num_ranks, len(loads)
-    per_rank = -(-experts // ranks) + extra_slots
-    slots = eplb_slots(loads, ranks * per_rank, num_groups=num_groups, num_nodes=cluster.num_nodes, num_ranks=ranks)
-    holders = np.zeros((experts, ranks), dtype=bool)
-    # ranks of a cluster need not be numbered node by node
-    holders[slots, np.repeat(np.concatenate(cluster.members), per_rank)] = True
-    stays = holders[np.arange(experts), owner]
-    owned = np.bincount(owner[stays], minlength=ranks)
-    new_owner = owner.copy()
-    for expert in np.flatnonzero(~stays):
-        candidates = np.flatnonzero(holders[expert])
-        new_owner[expert] = candidates[owned[candidates].argmin()]
-        owned[new_owner[expert]] += 1
-    return PlacementPlan(new_owner, holders)
-
-
-def split_equally(counts: Integers, plan: PlacementPlan, cluster: Cluster) -> Integers:
-    """Equal parts to all holders, near or far, which is what EPLB balances.
-
-    counts: [S, E] int64. Returns X [S, E, R] int64; of n tokens over k holders each gets floor(n / k), and holder j one
-    more when (j - source) mod k < n mod k.
-    """
-    k = plan.holders.sum(axis=1, keepdims=True)
-    share, remainder = np.divmod(counts[:, :, None], k)
-    place = plan.holders.cumsum(axis=1) - 1 - np.arange(len(counts))[:, None, None]
-    return (share + (place % k < remainder)) * plan.holders
+    items = list(range(loads.size))
+    count = np.ones(loads.size, dtype=np.int64)
+    while len(items) < num_replicas:
+        items.append(int((loads / count.astype(np.float32)).argmax()))
+        count[items[-1]] += 1
+    return np.array(items, dtype=np.int64), count

@@ -111,7 +111,7 @@ def gather_traffic(plan: PlacementPlan, cluster: Cluster, transport: Transport) 
     copies = plan.copies.astype(np.int64)
     if transport == "direct":
         return tally(owner.T @ copies, cluster)
-    in_owners_node = cluster.node[plan.owner][:, None] == cluster.node
+    in_owners_node = cluster.same_node[plan.owner]
     relay = relays(plan, cluster)
     if transport == "two_stage":
         first = (relay[:, :, None] == np.arange(plan.num_ranks)).sum(axis=1)
@@ -130,8 +130,8 @@ def gather_traffic(plan: PlacementPlan, cluster: Cluster, transport: Transport) 
 
 def striped_pieces(plan: PlacementPlan, cluster: Cluster, owner: Integers, imported: Booleans, pieces: int) -> Integers:
     """[R, R] pieces between ranks under striped transport; owner: [E, R] 1 at the owner; imported: [E, N]."""
-    in_owners_node = cluster.node[plan.owner][:, None] == cluster.node
-    leaves = imported.any(axis=1)[:, None]
+    in_owners_node = cluster.same_node[plan.owner]
+    leaves = imported.any(axis=1, keepdims=True)
     moved = owner.T @ (in_owners_node * np.where(plan.holders, pieces, leaves))
     between = cluster.membership @ owner.T @ imported  # [N, N] experts from node to node
     for node, members in enumerate(cluster.members):
@@ -144,7 +144,7 @@ def striped_pieces(plan: PlacementPlan, cluster: Cluster, owner: Integers, impor
 def tally(moved: Integers, cluster: Cluster, pieces: int = 1) -> Traffic:
     """Traffic from ``moved`` [R, R], the pieces that each rank hands to each; to itself costs nothing."""
     moved = np.where(np.eye(cluster.num_ranks, dtype=bool), 0, moved)
-    intra = np.where(cluster.node[:, None] == cluster.node, moved, 0)
+    intra = np.where(cluster.same_node, moved, 0)
     inter = moved - intra
     return Traffic(intra.sum(axis=1), inter.sum(axis=1), intra.sum(axis=0), inter.sum(axis=0), pieces)
 
@@ -158,12 +158,12 @@ def layer_time(split: Integers, plan: PlacementPlan, cluster: Cluster, cost: Lay
     between_ranks = split.sum(axis=1)
     for matrix in (between_nodes, between_ranks):
         np.fill_diagonal(matrix, 0)
-    directions = [[matrix.sum(axis=axis) for axis in (0, 1)] for matrix in (between_nodes, between_ranks)]
+    at_nodes, at_ranks = ([matrix.sum(axis=axis) for axis in (0, 1)] for matrix in (between_nodes, between_ranks))
     active = (split.sum(axis=0) > 0).sum(axis=0)
     traffic = gather_traffic(plan, cluster, transport)
     gather, reduce = traffic.time(cluster, cost.expert_bytes), traffic.reversed.time(cluster, cost.gradient_bytes)
     return LayerTime(
-        all_to_all=cluster.latency + transfer_time(*directions, cost.token_bytes, cluster),
+        all_to_all=cluster.latency + transfer_time(at_nodes, at_ranks, cost.token_bytes, cluster),
         compute=float((cluster.expert_latency * active + cost.flops_per_token / cluster.flops * rank_loads(split)).max()),
         gather=gather,
         reduce=reduce,

@@ -22,8 +22,7 @@ def split_even(counts: Integers, plan: PlacementPlan, cluster: Cluster) -> Integ
     candidates, in ascending order of ranks, each gets floor(n / k), and candidate j one more when
     (j - source) mod k < n mod k, so that the remainders of different sources spread over the candidates.
     """
-    same_node = cluster.node[:, None] == cluster.node
-    near = plan.holders & same_node[:, None, :]
+    near = plan.holders & cluster.same_node[:, None, :]
     candidates = np.where(near.any(axis=2, keepdims=True), near, plan.holders)
     at_home = plan.holders.T
     candidates[at_home] = False

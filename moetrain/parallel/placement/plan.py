@@ -62,6 +62,11 @@ class Cluster:
         return np.array([int((self.node[:rank] == node).sum()) for rank, node in enumerate(self.node_of)], dtype=np.int64)
 
     @cached_property
+    def same_node(self) -> Booleans:
+        """[R, R] whether two ranks are on one node."""
+        return np.equal.outer(self.node, self.node)
+
+    @cached_property
     def membership(self) -> Integers:
         """[N, R] 1 where the rank is on the node: ``membership @ x`` sums over the ranks of each node."""
         return (self.node == np.arange(self.num_nodes)[:, None]).astype(np.int64)
@@ -72,8 +77,8 @@ class PlacementPlan:
     """For one MoE layer and step: the owner of each expert and all holders of a copy, the owner included.
 
     owner: [E] int64. holders: [E, R] bool. A rank's slots are its owned experts by id, then its copies by owner and
-    id, which is the order in which one all-to-all delivers them. remap: [ids of the router] int64, the expert behind each of the router's ids, when several ids
-    share one expert (merged experts); None: the ids are the experts.
+    id, which is the order in which one all-to-all delivers them. remap: [ids of the router] int64, the expert behind each
+    of the router's ids, when several ids share one expert (merged experts); None: the ids are the experts.
     """
 
     owner: Integers
@@ -122,9 +127,7 @@ class PlacementPlan:
         """[..., E] tokens per expert from [..., ids of the router] tokens per id."""
         if self.remap is None:
             return counts
-        mapped = np.zeros((*counts.shape[:-1], self.num_experts), dtype=np.int64)
-        np.add.at(mapped, (..., self.remap), counts)
-        return mapped
+        return counts @ (self.remap[:, None] == np.arange(self.num_experts)).astype(np.int64)
 
     def validate(self, extra_slots: int | None = None) -> None:
         """Raises ValueError unless every expert has one owner among the ranks, the owner holds it, no rank has more than

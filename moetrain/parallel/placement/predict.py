@@ -59,11 +59,11 @@ class SlidingWindow(LoadPredictor):
         self.history = [*self.history, np.array(counts, dtype=np.int64)][-self.window :]
 
     def mean(self) -> NDArray[np.float64] | None:
-        return sum(self.history) / np.float64(len(self.history)) if self.history else None
+        return np.mean(self.history, axis=0, dtype=np.float64) if self.history else None
 
     def predict(self) -> Integers | None:
         steps = len(self.history)
-        return (2 * sum(self.history) + steps) // (2 * steps) if steps else None
+        return (2 * np.sum(self.history, axis=0) + steps) // (2 * steps) if steps else None
 
     def clear(self) -> None:
         self.history = []
@@ -96,7 +96,7 @@ class Exponential(LoadPredictor):
         self.average: NDArray[np.float64] | None = None
 
     def push(self, counts: Integers) -> None:
-        new = np.asarray(counts, dtype=np.float64)
+        new = np.array(counts, dtype=np.float64)
         self.average = new if self.average is None else self.decay * self.average + (1 - self.decay) * new
 
     def mean(self) -> NDArray[np.float64] | None:

@@ -127,6 +127,23 @@ def test_the_layout_is_checked_for_the_ranks_that_will_run(configure, monkeypatc
         configure("launch.nproc_per_node=4")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_heads=3"], "parallel.tensor = 2: must divide model.num_heads .3."),
+        (["model.num_heads=6", "model.num_kv_heads=3"], "parallel.tensor = 2: must divide model.num_kv_heads .3."),
+        (["parallel.expert_tensor=2", "experts.width=7"], "parallel.expert_tensor = 2: must divide experts.width .7."),
+        (["parallel.expert_tensor=4"], "parallel.expert_tensor = 4: must divide parallel.tensor .2."),
+        (["launch.nproc_per_node=3"], "parallel.tensor = 2: must divide the 3 ranks of each replica"),
+        (["train.global_batch_size=1", "launch.nproc_per_node=2", "data.seq_len=15"], "must divide the 15 tokens of a micro-batch"),
+        (["train.global_batch_size=6", "launch.nproc_per_node=8"], "train.global_batch_size = 6: .* the 4 data-parallel ranks"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_split_is_refused_with_the_rule(configure, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        configure("parallel=ep", "parallel.tensor=2", "launch.nproc_per_node=4", *overrides)
+
+
 def test_a_sweep_has_one_job_for_each_point_and_goes_on_after_failures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []

@@ -12,6 +12,7 @@ import pytest
 
 from moetrain.launch import local
 from moetrain.launch.local import describe_failure
+from moetrain.train.settings import LaunchSection
 
 
 def child_failed(rank, exitcode):
@@ -48,13 +49,13 @@ def test_a_failing_worker_leaves_its_own_traceback(tmp_path, monkeypatch):
     def run_rank(config, ranks, run_dir, data, stop):
         raise RuntimeError("the experts are on strike")
 
-    monkeypatch.setattr(local, "load", lambda cls, plain: None)
-    monkeypatch.setattr(local, "join_group", lambda config, ranks: None)
+    monkeypatch.setattr(local, "load", lambda cls, plain: SimpleNamespace(train=SimpleNamespace(device="cpu"), launch=LaunchSection()))
+    monkeypatch.setattr(local, "join_group", lambda ranks, choice, timeout_seconds: None)
     monkeypatch.setattr(local, "die_with_parent", lambda: None)
     monkeypatch.setattr(local, "run_rank", run_rank)
     monkeypatch.setattr(local, "PreparedData", lambda folder: None)
     with pytest.raises(SystemExit) as caught:
-        local.worker({}, str(tmp_path), str(tmp_path), str(tmp_path), os.getppid())
+        local.worker(local.train_worker, ({}, str(tmp_path), str(tmp_path)), str(tmp_path), os.getppid())
     assert caught.value.code == 1
     message = str(describe_failure(child_failed(0, 1), tmp_path))
     assert "rank 0 failed" in message and "in run_rank" in message and "the experts are on strike" in message

@@ -214,3 +214,20 @@ def test_logical_tensors_name_every_row_of_the_stack_once() -> None:
     assert covered == sum(p.numel() for p in experts.parameters())
     experts.hold([3, 1])
     assert [name for name, *_ in experts.logical()][::3] == ["3.w_gate", "1.w_gate"] and experts.w_in.shape[0] == 2
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_parts_of_experts_sum_to_the_experts(gated: bool) -> None:
+    """Every logical tensor is cut along the dim that it declares."""
+    whole, x, counts = make_experts(gated=gated), draw(7, D), torch.tensor([3, 0, 2, 2])
+    total = torch.zeros(7, D, dtype=torch.float64)
+    for part in range(WIDTH):
+        experts = make_experts(gated=gated)
+        experts.split(WIDTH)
+        pairs = zip(experts.logical(), whole.logical(), strict=True)
+        for (name, parameter, row, mine), (full_name, _, _, full) in pairs:
+            assert name == full_name
+            value = getattr(whole, parameter)[row, full.start : full.stop].chunk(WIDTH, dim=mine.split_dim)[part]
+            getattr(experts, parameter).data[row, mine.start : mine.stop] = value
+        total += experts.compute(x, counts, experts.weights())
+    assert_close(total, whole.compute(x, counts, whole.weights()), kind="fast_path")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,3 +64,23 @@ def test_ragged_routing_leaves_padding_tokens_out() -> None:
     selected = torch.ones(3, 2, dtype=torch.bool)
     routing = ragged_routing(selected, torch.ones(3, 2), num_experts=2, valid=torch.tensor([True, False, True]))
     assert routing.token.tolist() == [0, 0, 2, 2] and routing.selected.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("form", ["fixed", "ragged", "shuffled"])
+def test_the_parts_of_a_routing_are_the_routing(form: str) -> None:
+    """Runs of tokens, numbered from zero, with their own counts; unsorted entries too."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(6, 4, generator=generator)
+    if form == "fixed":
+        routing = fixed_routing(weight.topk(2, dim=1).indices, weight[:, :2], num_experts=4, logits=weight, probs=weight)
+    else:
+        routing = ragged_routing(weight > 0.4, weight, num_experts=4, logits=weight, probs=weight)
+    if form == "shuffled":
+        order = torch.randperm(routing.token.numel(), generator=generator)
+        routing = replace(routing, **{name: getattr(routing, name)[order] for name in ("token", "expert", "slot", "weight")})
+    entries = lambda r, first=0: sorted(zip((r.token + first).tolist(), r.expert.tolist(), r.slot.tolist(), r.weight.tolist(), strict=True))  # noqa: E731
+    parts = [routing.narrow(first, 2) for first in (0, 2, 4)]
+    assert sum((entries(part, first) for part, first in zip(parts, (0, 2, 4), strict=True)), []) == entries(routing)
+    assert torch.equal(sum(part.dispatched for part in parts), routing.dispatched)
+    assert all(part.num_tokens == 2 and part.top_k == routing.top_k and torch.equal(part.selected, routing.selected) for part in parts)
+    assert torch.equal(torch.cat([part.probs for part in parts]), weight)  # type: ignore[misc]

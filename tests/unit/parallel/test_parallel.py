@@ -28,9 +28,37 @@ def test_layouts():
     assert AutoConfig().resolve(1) == Layout("single", 1, 1)
     assert AutoConfig().resolve(4) == Layout("ep", 1, 4)
     assert FSDPConfig(replicate=2).resolve(4) == Layout("fsdp", 2, 2)
-    assert not list(EPConfig().check("parallel", world_size=3, num_experts=2))
-    assert [p.field for p in EPConfig(replicate=2, tensor=2).check("parallel", world_size=3, num_experts=8)] == [
-        "parallel.tensor",
-        "parallel.replicate",
-    ]
-    assert [p.field for p in SingleConfig().check("parallel", world_size=2, num_experts=8)] == ["parallel"]
+    assert EPConfig(replicate=2, tensor=4, expert_tensor=2).resolve(16) == Layout("ep", 2, 2, tensor=4, expert_tensor=2)
+    assert (Layout("ep", 2, 3, tensor=4).data_world_size, Layout("ep", 2, 3, tensor=4).world_size) == (6, 24)
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "fields"),
+    [
+        (EPConfig(), 3, []),
+        (EPConfig(tensor=2), 4, []),
+        (EPConfig(tensor=4, expert_tensor=2), 4, []),
+        (EPConfig(replicate=2), 3, ["parallel.replicate"]),
+        (EPConfig(replicate=2, tensor=2), 6, ["parallel.tensor"]),
+        (AutoConfig(tensor=2), 1, ["parallel.tensor"]),
+        (EPConfig(tensor=2, expert_tensor=4), 4, ["parallel.expert_tensor"]),
+        (FSDPConfig(tensor=2, expert_tensor=2), 4, ["parallel.expert_tensor"]),
+        (SingleConfig(), 2, ["parallel"]),
+    ],
+)
+def test_what_a_layout_requires_of_the_ranks(config, world_size, fields):
+    assert [p.field for p in config.check("parallel", world_size=world_size, num_experts=8)] == fields
+
+
+def test_every_rank_is_in_one_group_of_each_kind():
+    layout = Layout("ep", 2, 2, tensor=4, expert_tensor=2)
+    assert layout.tensor_groups() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert layout.data_groups() == [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]]
+    assert layout.expert_groups() == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
+    assert layout.expert_ranks == 4
+    assert Layout("ep", 2, 3).expert_groups() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_neighbours_in_the_tensor_dimension_share_their_data():
+    places = [Ranks(rank, 6, rank, 6).data_parallel(2) for rank in range(6)]
+    assert [(p.rank, p.world_size) for p in places] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]

@@ -9,7 +9,7 @@ from moetrain.parallel.placement.plan import PlacementPlan
 from moetrain.parallel.placement.planners import even_sharding
 from moetrain.parallel.scheduling import layer_cost
 from moetrain.simulate.replay import Placements, busiest_over_mean, replay
-from moetrain.simulate.strategies import PeriodicEPLB, strategies
+from moetrain.simulate.strategies import PeriodicEPLB, shadowing, split_equally, strategies
 from moetrain.simulate.traces import synthetic_trace
 
 RANKS, EXPERTS, STEPS = 4, 8, 9
@@ -137,3 +137,34 @@ def test_eplb_keeps_its_placement_for_the_period(cluster, counts):
 
 def test_busiest_over_mean_without_rows():
     assert busiest_over_mean(np.array([[0, 0], [3, 1]])).tolist() == [1.0, 1.5]
+
+
+def test_equal_parts_over_all_holders(cluster, counts):
+    rng = np.random.default_rng(0)
+    owner = even_sharding(EXPERTS, RANKS)
+    plan = PlacementPlan(owner, (owner[:, None] == np.arange(RANKS)) | (rng.random((EXPERTS, RANKS)) < 0.5))
+    split = split_equally(counts[0, 0], plan, cluster)
+    assert np.array_equal(split.sum(axis=2), counts[0, 0]) and not split.sum(axis=0)[~plan.holders].any()
+    per_holder = counts[0, 0][:, :, None] / plan.holders.sum(axis=1)[:, None]
+    assert (np.abs(split - per_holder)[:, plan.holders] < 1).all()
+
+
+def test_eplb_experts_stay_with_owners_that_keep_a_replica(cluster, counts):
+    owner = np.random.default_rng(1).integers(RANKS, size=EXPERTS)
+    plan = PeriodicEPLB(cluster, extra_slots=1, every=3, num_groups=1)(counts[0, 0], owner)
+    plan.validate()
+    stays = plan.holders[np.arange(EXPERTS), owner]
+    assert stays.any() and np.array_equal(plan.owner[stays], owner[stays])
+
+
+def test_an_expert_is_shadowed_when_its_tokens_cost_more_than_its_transfer(sizes, cluster):
+    cost = costs_of(ALL[0], sizes, cluster)[0]
+    bandwidth = cluster.inter_bandwidth / 2  # of one of the two ranks of a node
+    token_seconds = 3 * cost.flops_per_token / cluster.flops + 4 * cost.token_bytes / bandwidth
+    enough = int(cost.expert_bytes / bandwidth / token_seconds) + 1
+    plan = shadowing(SETTINGS, cluster, cost)
+    for tokens, copied in ((enough - 1, False), (enough, True)):
+        counts = np.zeros((RANKS, EXPERTS), dtype=np.int64)
+        counts[1, 5] = tokens
+        expected = [RANKS - 1 if copied and expert == 5 else 0 for expert in range(EXPERTS)]
+        assert plan(counts, even_sharding(EXPERTS, RANKS)).copies.sum(axis=1).tolist() == expected

@@ -1,59 +1,54 @@
-"""Rules of other systems as placements."""
+"""FasterMoE's shadows and EPLB: properties beyond the stored vectors."""
 
 import numpy as np
 import pytest
 
-from moetrain.parallel.placement.baselines import eplb, eplb_slots, pack, replicate, shadowed_experts, split_equally
-from moetrain.parallel.placement.dispatch import rank_loads
+from moetrain.parallel.placement.baselines import eplb, fastermoe_shadow
 
 
-@pytest.mark.parametrize("num_experts", [3, 12, 16])
-@pytest.mark.parametrize("extra_slots", [0, 1, 3])
-def test_eplb_gives_every_expert_an_owner_that_holds_it(num_experts, extra_slots, cluster, rng):
-    ranks = cluster.num_ranks
-    owner = rng.integers(ranks, size=num_experts)
-    for loads in (rng.integers(1, 1000, size=num_experts), np.zeros(num_experts, dtype=np.int64)):
-        plan = eplb(loads, owner, cluster, extra_slots)
+def latency(loads, shadows, hidden_size, expansion, bandwidth, flops):
+    compute = 12 * expansion * hidden_size**2 / flops + 16 * hidden_size / bandwidth
+    return compute * loads[~shadows].max(initial=0) + shadows.sum() * 8 * expansion * hidden_size**2 / bandwidth
+
+
+def test_shadows_lower_the_modelled_latency_until_one_more_would_not(skewed_counts):
+    numbers = set()
+    for bandwidth in (1e8, 1e9, 1e10, 1e12):
+        counts, setting = skewed_counts(4, 12, tokens=20_000), (64, 4, bandwidth, 1e12)
+        loads = counts.sum(axis=0)
+        shadows = fastermoe_shadow(counts, *setting)
+        order = np.argsort(-loads, kind="stable")
+        steps = [latency(loads, np.isin(np.arange(12), order[:k]), *setting) for k in range(13)]
+        k = shadows.sum()
+        numbers.add(int(k))
+        assert set(np.flatnonzero(shadows)) == set(order[:k])
+        assert all(a > b for a, b in zip(steps[:k], steps[1 : k + 1], strict=True)) and (k == 12 or steps[k + 1] >= steps[k])
+    assert len(numbers) > 1
+
+
+@pytest.mark.parametrize(("replicas", "groups", "nodes", "gpus"), [(16, 4, 2, 8), (24, 1, 1, 8), (16, 4, 2, 4), (24, 3, 2, 6)])
+def test_every_expert_has_replicas_and_gpus_have_equal_slots(replicas, groups, nodes, gpus, rng):
+    loads = rng.integers(1, 1000, size=(3, 12))
+    found = eplb(loads, replicas, groups, nodes, gpus)
+    assert found.logical.shape == (3, replicas) and found.replicas.min() >= 1 and (found.replicas.sum(axis=1) == replicas).all()
+    np.testing.assert_allclose(found.rank_loads(loads, gpus).sum(axis=1), loads.sum(axis=1), rtol=1e-5)
+    for layer in range(3):
+        plan = found.plan(layer, gpus)
         plan.validate()
-        assert (plan.holders.sum(axis=0) <= -(-num_experts // ranks) + extra_slots).all()
-        stays = plan.holders[np.arange(num_experts), owner]
-        assert np.array_equal(plan.owner[stays], owner[stays])
+        for rank, slots in enumerate(found.logical[layer].reshape(gpus, -1)):
+            assert set(plan.slots(rank)) == set(slots)
 
 
-def test_eplb_groups_stay_in_their_node(rng):
-    loads = rng.integers(1, 1000, size=24)
-    slots = eplb_slots(loads, 40, num_groups=6, num_nodes=2, num_ranks=8).reshape(2, 20)
-    nodes_of_group = [{node for node in range(2) if (slots[node] // 4 == group).any()} for group in range(6)]
-    assert all(len(nodes) == 1 for nodes in nodes_of_group)
+def test_more_replicas_balance_better(rng):
+    loads = rng.lognormal(7, 1.3, size=(4, 16)).astype(np.int64)
+    busiest = [eplb(loads, replicas, 1, 1, 8).rank_loads(loads, 8).max(axis=1).mean() for replicas in (16, 24, 48)]
+    assert busiest[0] > busiest[1] > busiest[2]
 
 
-@pytest.mark.parametrize(("replicas", "ranks"), [(7, 1), (9, 2), (10, 4)])
-def test_eplb_refuses_slots_that_cannot_be_shared_out(replicas, ranks):
-    with pytest.raises(ValueError, match=f"{replicas} replicas of 8 experts"):
-        eplb_slots(np.arange(8), replicas, num_groups=1, num_nodes=1, num_ranks=ranks)
-
-
-def test_replicas_go_to_the_hottest():
-    assert replicate([10, 30, 4], 6) == [0, 1, 2, 1, 1, 0]
-
-
-def test_packs_are_of_equal_size_and_filled_by_weight():
-    assert pack([5, 9, 1, 4], 2) == [[1, 2], [0, 3]]
-    assert pack([5, 9, 1], 3) == [[0], [1], [2]]
-
-
-def test_equal_parts_over_all_holders(cluster, random_plan, skewed_counts):
-    plan, counts = random_plan(9, cluster, 0.4), skewed_counts(cluster.num_ranks, 9)
-    split = split_equally(counts, plan, cluster)
-    assert np.array_equal(split.sum(axis=2), counts) and not split.sum(axis=0)[~plan.holders].any()
-    per_holder = counts[:, :, None] / plan.holders.sum(axis=1)[:, None]
-    assert (np.abs(split - per_holder)[:, plan.holders] < 1).all()
-    assert rank_loads(split).sum() == counts.sum()
-
-
-def test_shadowing_stops_at_the_first_expert_that_does_not_pay():
-    loads = np.array([5, 100, 0, 60, 58])
-    assert shadowed_experts(loads, 1.0, 10.0).tolist() == [False, True, False, False, False]  # 60 -> 58 gains 2
-    assert shadowed_experts(loads, 1.0, 1.0).tolist() == [True, True, False, True, True]
-    assert not shadowed_experts(loads, 1.0, 1000.0).any()
-    assert not shadowed_experts(np.zeros(3, dtype=np.int64), 1.0, 1.0).any()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((16, 5, 1, 8), "12 experts"), ((15, 4, 2, 8), "15 replicas"), ((14, 4, 2, 7), "7 GPUs"), ((8, 4, 2, 8), "too few")],
+)
+def test_numbers_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        eplb(np.ones((1, 12), dtype=np.int64), *arguments)

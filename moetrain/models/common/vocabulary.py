@@ -1,0 +1,39 @@
+"""Everything that looks at the whole vocabulary: embedding, and log-probabilities of targets."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Vocabulary(Protocol):
+    """V entries. Where other ranks hold a part of them, ``rows`` and ``logits`` are this rank's part, and the results
+    are those of the whole vocabulary. T tokens, D features."""
+
+    def embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """tokens [B, S] int64, rows [V, D] -> [B, S, D]; under tensor parallelism the rank's run of the tokens [T', D]."""
+        ...
+
+    def log_partition(self, logits: Tensor) -> Tensor:
+        """logits [T, V] -> logarithm of the sum of their exponentials [T]."""
+        ...
+
+    def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
+        """Sum in nats over the targets [T] int64 other than ``ignore``. logits: [T, V]."""
+        ...
+
+
+class WholeVocabulary:
+    """All of it is here."""
+
+    def embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        return F.embedding(tokens, rows)
+
+    def log_partition(self, logits: Tensor) -> Tensor:
+        return torch.logsumexp(logits, dim=1)
+
+    def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
+        return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")

@@ -1,0 +1,56 @@
+"""``moetrain bench`` as its users type it."""
+
+import subprocess
+import sys
+
+import pytest
+from runs import environment, moetrain
+
+from moetrain.cli import main
+from moetrain.parallel.profile import COLLECTIVES, load_profile
+
+TINY = ["device=cpu", "max_bytes=16384", "num_sizes=3", "repeats=2", "hidden_size=16", "expert_width=16", "max_rows=16"]
+
+
+def test_profile_of_two_ranks(tmp_path):
+    done = moetrain("bench", "profile", "launch.nproc_per_node=2", *TINY, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("alpha ms", "ns/byte", "ps/FLOP", "R^2", *COLLECTIVES):
+        assert word in done.stdout
+    (file,) = (tmp_path / "cache" / "profiles").glob("*.json")
+    assert done.stdout.splitlines()[-1] == str(file)
+    profile = load_profile(file)
+    assert profile.machine.world_size == 2 and profile.cluster((0, 0)).flops > 0
+
+
+def test_profile_under_torchrun_is_written_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "moetrain", "bench", "profile", *TINY]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("alpha ms") == 1 and len(list((tmp_path / "cache" / "profiles").iterdir())) == 1
+
+
+def test_profile_of_one_process_has_only_experts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOETRAIN_CACHE", str(tmp_path))
+    assert main(["bench", "profile", *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "ps/FLOP" in printed and "all_to_all" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "must be one of: profile"),
+        (["speed"], "must be one of: profile"),
+        (["profile", "repeats=0"], "repeats = 0: must be >= 1"),
+        (["profile", "min_bytes=4096", "max_bytes=1024"], "min_bytes = 4096: must be < max_bytes (1024)"),
+        (["profile", "launch.nproc=2"], "launch.nproc = 2: unknown key"),
+        (["profile", "launch=3", "launch.nproc_per_node=2"], "launch = 3: must be a mapping"),
+        (["profile", "launch.nproc_per_node=3", "ranks_per_node=2"], "ranks_per_node = 2: must divide"),
+        (["profile", "launch.nnodes=2"], "torchrun --nnodes 2"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(arguments, expected, capsys):
+    assert main(["bench", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err and printed.out == ""
