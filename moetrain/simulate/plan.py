@@ -87,6 +87,7 @@ def main(settings: PlanSettings, config: Config) -> PlanReport:
         steps=trace.num_steps - warm_up,
         warm_up=warm_up,
         tokens_per_rank=tokens,
+        reshard_every=settings.reshard_every,
         cluster=cluster,
         memory=memory,
         replays=replays,

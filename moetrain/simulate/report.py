@@ -34,6 +34,7 @@ class PlanReport:
     steps: int
     warm_up: int
     tokens_per_rank: int
+    reshard_every: int
     cluster: Cluster
     memory: float | None
     replays: list[Replay]
@@ -93,7 +94,8 @@ class PlanReport:
             f"{cluster.num_nodes} x {cluster.num_ranks // cluster.num_nodes} ranks{memory}; "
             f"{cluster.intra_bandwidth:.3g} bytes/s in nodes, {cluster.inter_bandwidth:.3g} between; {cluster.latency:.3g} s latency; "
             f"{cluster.flops:.3g} FLOP/s\n"
-            f"trace {self.trace}: {self.steps} steps after {self.warm_up} of history, {self.tokens_per_rank} tokens per rank\n"
+            f"trace {self.trace}: {self.steps} steps after {self.warm_up} of history, {self.tokens_per_rank} tokens per rank, "
+            f"error of prediction {self.strategies[0].prediction_error:.2f}; new owners and EPLB anew every {self.reshard_every} steps\n"
         )
         console = Console(width=None if sys.stdout.isatty() else 120)
         for table in self.tables():

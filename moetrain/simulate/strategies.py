@@ -111,12 +111,19 @@ class PeriodicEPLB:
         return self.plan
 
     def place(self, loads: Integers, owner: Integers) -> PlacementPlan:
-        """The placement for loads [E]. Experts stay with the owners [E] that keep a replica: fewer states move."""
+        """The placement for loads [E]. EPLB knows no owners: experts stay with their owners [E] where these keep a replica,
+        and go to the holder that owns the fewest otherwise, so that states move little and stay spread."""
         ranks = self.cluster.num_ranks
         slots = ranks * (-(-loads.size // ranks) + self.extra_slots)
         plan = eplb(loads[None], slots, self.num_groups, self.cluster.num_nodes, ranks).plan(0, ranks)
         stays = plan.holders[np.arange(loads.size), owner]
-        return replace(plan, owner=np.where(stays, owner, plan.owner))
+        owned = np.bincount(owner[stays], minlength=ranks)
+        owner = owner.copy()
+        for expert in np.flatnonzero(~stays):
+            candidates = np.flatnonzero(plan.holders[expert])
+            owner[expert] = candidates[owned[candidates].argmin()]
+            owned[owner[expert]] += 1
+        return replace(plan, owner=owner)
 
 
 def split_equally(counts: Integers, plan: PlacementPlan, cluster: Cluster) -> Integers:

@@ -91,7 +91,7 @@ def draw(report: PlanReport, title: str, file: Path) -> None:
         left += np.array(values)
     traffic.invert_yaxis()
     traffic.set(xlabel="GB per step, all ranks and MoE layers", title="bytes")
-    traffic.legend(fontsize=7)
+    traffic.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     figure.suptitle(f"{title}, 2 x 8 ranks: replayed loads, not a measurement")
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)

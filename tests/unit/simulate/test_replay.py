@@ -155,6 +155,10 @@ def test_eplb_experts_stay_with_owners_that_keep_a_replica(cluster, counts):
     plan.validate()
     stays = plan.holders[np.arange(EXPERTS), owner]
     assert stays.any() and np.array_equal(plan.owner[stays], owner[stays])
+    owned = np.bincount(plan.owner, minlength=RANKS)
+    for expert in np.flatnonzero(~stays):
+        # whoever took it in had, before, no more experts than the other holders have now
+        assert owned[plan.owner[expert]] - 1 <= owned[plan.holders[expert]].min()
 
 
 def test_an_expert_is_shadowed_when_its_tokens_cost_more_than_its_transfer(sizes, cluster):
