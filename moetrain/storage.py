@@ -1,4 +1,4 @@
-"""Writing files that survive a crash, and a disk's refusals as one kind of error."""
+"""Where things are kept between runs, writing files that survive a crash, and a disk's refusals as one kind of error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST,
 }  # fmt: skip
 """Error numbers that mean: this place cannot be written (full, over quota, read-only, broken, not ours, in the way)."""
+
+
+def cache_dir() -> Path:
+    """``$MOETRAIN_CACHE``, by default ``~/.cache/moetrain``."""
+    return Path(os.environ.get("MOETRAIN_CACHE") or Path.home() / ".cache" / "moetrain").expanduser()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ An entry is built in a folder beside its place and appears by rename, so a half-
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.errors import DataError
-from moetrain.storage import sync
+from moetrain.storage import cache_dir, sync
 
 CHUNK_BYTES = 1 << 24
 """Read at a time from a file that may not fit in memory."""
-
-
-def cache_dir() -> Path:
-    """``$MOETRAIN_CACHE``, by default ``~/.cache/moetrain``."""
-    return Path(os.environ.get("MOETRAIN_CACHE") or Path.home() / ".cache" / "moetrain").expanduser()
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from moetrain.data.cache import cache_dir, hash_file, locked, new_entry
+from moetrain.data.cache import hash_file, locked, new_entry
 from moetrain.data.prepared import PreparedData
 from moetrain.data.sources import TRAINED, DataConfig, read_text
 from moetrain.data.tokenizers import ByteTokenizer, Tokenizer, from_definition, train_bpe
 from moetrain.errors import ConfigError, DataError, Problem
-from moetrain.storage import storage_errors, write
+from moetrain.storage import cache_dir, storage_errors, write
 
 Progress = Callable[[str, int, int | None], None]
 FORMAT = 2

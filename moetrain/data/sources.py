@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Literal, Self
 import xxhash
 
 from moetrain.config import Component, setting
-from moetrain.data.cache import cache_dir, file_chunks, hash_file
+from moetrain.data.cache import file_chunks, hash_file
 from moetrain.errors import DataError
 from moetrain.registry import register
+from moetrain.storage import cache_dir
 
 TRAINED = ("bpe", "bytes")
 """Tokenizers that need no file."""

@@ -180,8 +180,10 @@ def gather_counts(counts: Tensor, peers: Peers) -> Tensor:
     """All ranks' integer vectors: [n] -> [ranks, n]."""
     out = counts.new_empty(peers.size * counts.numel())
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+    started = time.perf_counter()
     with naming("all-gather of counts", peers):
         gather(out, counts.contiguous(), group=peers.group)
+    traffic.waited["counts"] += time.perf_counter() - started
     return out.view(peers.size, -1)
 
 

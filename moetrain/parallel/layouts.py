@@ -13,6 +13,7 @@ from moetrain.parallel.ranks import Ranks
 from moetrain.registry import register
 
 LayoutName = Literal["single", "fsdp", "ep", "zero3_experts", "fssdp_paper", "fssdp"]
+ProfileUse = Literal["auto", "measure", "assume"]
 Planner = Literal["owners_only", "everywhere", "sparse_materialization", "two_level"]
 
 
@@ -46,8 +47,8 @@ class Layout:
     (fsdp), or owned whole, one owner per expert in each replica, with the copies that a planner chooses. What owns an
     expert, or holds a copy, are ``expert_tensor`` neighbours together.
 
-    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel. deduplicate: each token
-    crosses to a node once. timeout_seconds: of collectives.
+    ranks_per_node: None takes the launcher's. degree: chunks in which tokens travel; None: as the profile of the machine
+    advises. deduplicate: each token crosses to a node once. timeout_seconds: of collectives.
     """
 
     name: LayoutName
@@ -55,8 +56,9 @@ class Layout:
     shard: int
     fssdp: FSSDPSettings = field(default_factory=lambda: FSSDPSettings(planner="owners_only"))
     ranks_per_node: int | None = None
-    degree: int = 1
+    degree: int | None = None
     deduplicate: bool = False
+    profile: ProfileUse = "auto"
     timeout_seconds: float = 600.0
     tensor: int = 1
     expert_tensor: int = 1
@@ -130,8 +132,9 @@ class ParallelConfig(Component):
             world_size // (self.replicate * self.tensor),
             fssdp=self.placement(),
             ranks_per_node=None if self.nodes is None else world_size // self.nodes,
-            degree=getattr(self, "degree", 1),
+            degree=getattr(self, "degree", None),
             deduplicate=getattr(self, "deduplicate", False),
+            profile=getattr(self, "profile", "auto"),
             timeout_seconds=timeout_seconds,
             tensor=self.tensor,
             expert_tensor=self.expert_tensor,
@@ -178,12 +181,19 @@ class FSDPConfig(ParallelConfig):
 class PlacedConfig(ParallelConfig):
     """Layouts in which whole experts have owners; FSDP2 for everything else."""
 
-    degree: int = setting(1, doc="chunks in which tokens travel, so that one is computed while others are under way", ge=1)
+    degree: int | None = setting(
+        None,
+        doc="chunks in which tokens travel, so that one is computed while others are under way; default: as the profile says, else 1",
+        ge=1,
+    )
     deduplicate: bool = setting(False, doc="a token with several experts on one node crosses to that node once")
+    profile: ProfileUse = setting(
+        "auto", doc="costs for planners. auto: what `moetrain bench profile` measured, else assumed; measure: measured now if need be"
+    )
 
     def check(self, path: str, *, world_size: int, num_experts: int) -> Iterable[Problem]:
         yield from super().check(path, world_size=world_size, num_experts=num_experts)
-        if self.deduplicate and self.degree > 1:
+        if self.deduplicate and self.degree not in (None, 1):
             yield Problem(f"{path}.degree", self.degree, f"must be 1 with {path}.deduplicate: tokens in two hops are not cut into chunks")
 
 

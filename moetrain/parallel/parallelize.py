@@ -29,12 +29,22 @@ from moetrain.parallel.dense import SlicedExecutor, split_dense, sum_in_place
 from moetrain.parallel.executor import Links, PlacedExecutor
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.placement.dispatch import split_even, split_quota
-from moetrain.parallel.placement.plan import Cluster, Integers
+from moetrain.parallel.placement.plan import Integers
 from moetrain.parallel.placement.planners import even_sharding, heterogeneous_sharding
 from moetrain.parallel.placement.predict import SlidingWindow
 from moetrain.parallel.placement.scheduler import LayerFigures, LayerScheduler
+from moetrain.parallel.profile import MachineProfile
 from moetrain.parallel.ranks import Ranks
-from moetrain.parallel.scheduling import layer_cost, make_calibration, make_planner, make_predictor, overlap_degree
+from moetrain.parallel.scheduling import (
+    describe_cluster,
+    layer_cost,
+    machine_profile,
+    make_calibration,
+    make_planner,
+    make_predictor,
+    overlap_degree,
+    pipeline_degree,
+)
 from moetrain.parallel.transport import new_peers
 
 
@@ -229,7 +239,8 @@ def parallelize(
     owned: frozenset[str] = frozenset()
     if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        placement = place_experts(model, layout, connect(layout, ranks, device), device, recompute, tokens_per_pass)
+        profile = machine_profile(layout, ranks, device)
+        placement = place_experts(model, layout, connect(layout, ranks, device, profile), device, recompute, tokens_per_pass, profile)
     else:
         for module in families.values():
             # FSDP2 gives each rank the rows that torch.chunk would
@@ -246,7 +257,13 @@ def parallelize(
 
 
 def place_experts(
-    model: Decoder, layout: Layout, links: Links, device: torch.device, recompute: bool, tokens_per_pass: int
+    model: Decoder,
+    layout: Layout,
+    links: Links,
+    device: torch.device,
+    recompute: bool,
+    tokens_per_pass: int,
+    profile: MachineProfile | None = None,
 ) -> dict[str, Any]:
     """Narrow the experts of every MoE layer to their owners and give it the executor and the scheduler of the layout.
 
@@ -277,7 +294,7 @@ def place_experts(
             transport=settings.transport,
             rematerialize=settings.rematerialize,
             recompute=recompute,
-            degree=layout.degree,
+            degree=layout.degree or pipeline_degree(layer, cost, tokens_per_pass, links.cluster, profile),
             deduplicate=layout.deduplicate,
             keep=settings.accumulate == "step",
             calibrate=make_calibration(settings, links.cluster, cost),
@@ -285,10 +302,10 @@ def place_experts(
     return {"schedulers": schedulers, "overlap_degree": min(degrees, default=0)}
 
 
-def connect(layout: Layout, ranks: Ranks, device: torch.device) -> Links:
+def connect(layout: Layout, ranks: Ranks, device: torch.device, profile: MachineProfile | None = None) -> Links:
     """Communicators over this rank's expert group. Collective over the world."""
     tokens, gather, reduce = (join(layout.expert_groups(), layout, ranks) for _ in range(3))
-    return Links(tokens, gather, reduce, default_cluster(tokens.node_of, device))
+    return Links(tokens, gather, reduce, describe_cluster(tokens.node_of, device, profile))
 
 
 def split_over_tensor_ranks(placed: ParallelModel, mesh: DeviceMesh, ranks: Ranks) -> None:
@@ -321,11 +338,3 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybri
     for block in model.layers:
         fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored)
     fully_shard(model, mesh=fsdp_mesh, ignored_params=ignored)
-
-
-def default_cluster(node_of: tuple[int, ...], device: torch.device) -> Cluster:
-    """Links and processors as assumed without a measured profile: H100s with NVLink and 400 Gbit/s per node, or CPU
-    cores that talk over loopback."""
-    if device.type == "cuda":
-        return Cluster(node_of, intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=400e12)
-    return Cluster(node_of, intra_bandwidth=1e9, inter_bandwidth=1e9, latency=1e-3, flops=80e9)

@@ -27,13 +27,12 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import dump, load, setting
-from moetrain.data.cache import cache_dir
 from moetrain.errors import ConfigError, Problem
 from moetrain.moe.experts.ffn import FFNExpertsConfig
 from moetrain.parallel.placement.plan import Cluster
 from moetrain.parallel.placement.schedule import TASKS, ChunkCosts
 from moetrain.parallel.ranks import Ranks
-from moetrain.storage import replace, storage_errors
+from moetrain.storage import cache_dir, replace, storage_errors
 
 WARM_UP = 2
 """Runs before the timed ones: they connect ranks, allocate buffers and choose kernels."""

@@ -3,18 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
+from moetrain.config import dump, load
 from moetrain.moe.experts import Experts
-from moetrain.parallel.layouts import FSSDPSettings
+from moetrain.moe.layer import MoELayer
+from moetrain.parallel.layouts import FSSDPSettings, Layout
 from moetrain.parallel.placement.cost import LayerCost
 from moetrain.parallel.placement.dispatch import split_even, split_quota
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
 from moetrain.parallel.placement.planners import calibrate, everywhere, owners_only, sparse_materialization
 from moetrain.parallel.placement.predict import Exponential, LastStep, LoadPredictor, SlidingWindow
+from moetrain.parallel.placement.schedule import best_degree
 from moetrain.parallel.placement.scheduler import Planner
 from moetrain.parallel.placement.two_level import two_level
+from moetrain.parallel.profile import Machine, MachineProfile, Sweep, load_profile, measure
+from moetrain.parallel.ranks import Ranks
+
+
+def machine_profile(layout: Layout, ranks: Ranks, device: torch.device) -> MachineProfile | None:
+    """Measured costs of this machine, the same on every rank: the main rank's file, or measured now (and kept) if the
+    layout says so. None: costs are assumed. Collective over the default group."""
+    if layout.profile == "assume":
+        return None
+    per_node = layout.ranks_per_node or ranks.local_world_size
+    file = Machine.here(device, ranks.world_size, per_node).file()
+    found = [dump(load_profile(file)) if ranks.is_main and file.exists() else None]
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        return load(MachineProfile, found[0])
+    if layout.profile == "auto":
+        return None
+    profile = measure(Sweep(), device, dist.group.WORLD, per_node)
+    if ranks.is_main:
+        profile.save()
+    return profile
+
+
+def describe_cluster(node_of: tuple[int, ...], device: torch.device, profile: MachineProfile | None) -> Cluster:
+    """Links and processors as measured, else as assumed: H100s with NVLink and 400 Gbit/s per node, or CPU cores that talk
+    over loopback."""
+    if profile is not None:
+        return profile.cluster(node_of)
+    if device.type == "cuda":
+        return Cluster(node_of, intra_bandwidth=300e9, inter_bandwidth=50e9, latency=20e-6, flops=400e12)
+    return Cluster(node_of, intra_bandwidth=1e9, inter_bandwidth=1e9, latency=1e-3, flops=80e9)
+
+
+def pipeline_degree(layer: MoELayer, cost: LayerCost, tokens: int, cluster: Cluster, profile: MachineProfile | None) -> int:
+    """Chunks in which the forward pass of one layer is fastest (FSMoE 2501.10714 section 4.3, by the exact makespan).
+    1 without a profile or another rank. tokens: of a rank's pass, spread evenly over the ranks."""
+    if profile is None or cluster.num_ranks == 1 or not tokens:
+        return 1
+    rows = tokens * getattr(getattr(layer.router, "config", None), "top_k", 1)
+    work = {"all_to_all": rows * cost.token_bytes, "all_gather": 0.0, "reduce_scatter": 0.0, "experts": rows * cost.flops_per_token}
+    costs = profile.chunk_costs(work)
+    absent = costs.n == 0  # nothing is gathered or scattered inside an expert that is whole
+    return int(best_degree(replace(costs, alpha=np.where(absent, 0.0, costs.alpha))))
 
 
 def layer_cost(

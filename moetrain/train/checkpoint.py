@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from moetrain.errors import CheckpointError, MoetrainError, StorageError
 from moetrain.storage import storage_errors, sync
@@ -390,13 +391,17 @@ def _single_process_is_fine(team: _Team) -> Iterator[None]:
 
 def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors in host memory, independent of later updates in place."""
+    # torch 2.13's stager takes a DTensor over a view that does not begin its storage for a plain tensor, and fails
+    views = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor) and tensor.to_local().storage_offset()}
     stager = DefaultStager(StagingOptions(False, False, False, False))
     try:
-        staged = stager.stage(dict(tensors))
+        staged = stager.stage({key: tensor for key, tensor in tensors.items() if key not in views})
     finally:
         stager.close()
     assert isinstance(staged, dict)
-    return staged
+    # not by DTensor.from_local, which would move the copy back to the mesh's device
+    copies = {key: DTensor(t.to_local().to("cpu", copy=True), t._spec, requires_grad=False) for key, t in views.items()}
+    return {**staged, **copies}
 
 
 _held_locks: set[IO[str]] = set()

@@ -13,7 +13,7 @@ from moetrain.objectives.language_modeling import LanguageModelingConfig
 from moetrain.parallel.collectives import Peers, traffic
 from moetrain.parallel.dense import SplitVocabulary, all_gather_rows, reduce_scatter_rows
 from moetrain.parallel.layouts import FSSDPSettings, Layout
-from moetrain.parallel.parallelize import parallelize
+from moetrain.parallel.parallelize import local, parallelize
 from moetrain.parallel.ranks import Ranks
 from moetrain.testing.distributed import RankError, run_distributed
 from moetrain.testing.layouts import full, local_batches, merge, parameters_of, train_steps
@@ -84,7 +84,7 @@ def place(rank, layout, scenario, seed=0):
     return placed, AdamWConfig(lr=scenario.lr).build(placed), ranks.data_parallel(layout.tensor)
 
 
-def step_and_save(rank, world_size, layout, scenario, folder):
+def step_and_save(rank, world_size, layout, scenario, folder, async_save=False):
     """One optimizer step, and a checkpoint of it. Returns this rank's weights, and the held-out loss of other data."""
     placed, optimizer, ranks = place(rank, layout, scenario)
     batches = local_batches(scenario, 0, ranks)
@@ -92,9 +92,13 @@ def step_and_save(rank, world_size, layout, scenario, folder):
     totals, _ = count_units(batches, placed)
     accumulate_gradients(placed, objective, batches, totals, seed=0, step=0, total_steps=2, phases=Phases())
     optimizer.step()
-    with Checkpointer(folder, keep=1) as checkpointer:
-        checkpointer.save(1, all_tensors(placed, optimizer), {})
-    return full(parameters_of(placed)), evaluate_loss(placed, objective, local_batches(scenario, 7, ranks))
+    weights, tensors = full(parameters_of(placed)), all_tensors(placed, optimizer)
+    with Checkpointer(folder, keep=1, async_save=async_save) as checkpointer:
+        checkpointer.save(1, tensors, {})
+        if async_save:  # what is written later is what was there when it was saved
+            for tensor in tensors.values():
+                local(tensor).zero_()
+    return weights, evaluate_loss(placed, objective, local_batches(scenario, 7, ranks))
 
 
 def load(rank, world_size, layout, scenario, folder):
@@ -135,6 +139,14 @@ def test_checkpoints_do_not_know_who_held_what(tmp_path, name, source, target):
     assert_close(torch.tensor(again), torch.tensor(loss), kind="layout")
     reference, _ = everywhere(step_and_save, Layout("single", 1, 1), scenario, tmp_path / "single")
     assert_close(weights, reference, kind="layout")
+
+
+def test_a_checkpoint_is_written_in_the_background_while_training_goes_on(tmp_path):
+    scenario = SCENARIOS["uneven"]
+    weights, _ = everywhere(step_and_save, SPLIT_TWO, scenario, tmp_path, True)
+    tensors, _ = everywhere(load, Layout("single", 1, 1), scenario, tmp_path)
+    assert all(torch.equal(tensors[f"model.{key}"], value) for key, value in weights.items())
+    assert any(tensors[f"optim.{key}.exp_avg"].any() for key in weights if ".experts." in key)
 
 
 def norm_of_known_gradients(rank, world_size, layout):
