@@ -21,6 +21,7 @@ from moetrain.parallel.executor import PlacedExecutor
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.parallelize import ParallelModel, parallelize
 from moetrain.parallel.placement.plan import PlacementPlan
+from moetrain.parallel.profile import LinearCost, Machine, MachineProfile
 from moetrain.parallel.ranks import Ranks
 from moetrain.parallel.reshard import reshard
 from moetrain.train.metrics import Phases
@@ -48,6 +49,16 @@ class Scenario:
     lr: float = 1e-2
     clip_norm: float = 0.5
     repeat_token: bool = False
+
+
+SLOW_COMPUTE = MachineProfile(
+    Machine(world_size=4, ranks_per_node=2, backend="gloo", device="assumed", torch_version=torch.__version__, date="2000-01-01"),
+    intra={"all_to_all": LinearCost(0.0, 1e-12)},
+    inter={"all_to_all": LinearCost(0.0, 1e-11)},
+    experts=LinearCost(0.0, 1e-6),
+    num_experts=1,
+)
+"""A machine on which copies pay in spite of the small models: any real one has latencies that outweigh all they can save."""
 
 
 @dataclass
@@ -107,7 +118,7 @@ class Training:
         ranks = Ranks(rank, layout.world_size, rank, layout.world_size)
         with torch.device("meta"):
             model = scenario.model.build(scenario.parts, vocab_size=scenario.vocab_size, dtype=scenario.dtype)
-        placed = parallelize(model, layout, ranks, device=torch.device("cpu"), recompute=scenario.recompute)
+        placed = parallelize(model, layout, ranks, device=torch.device("cpu"), recompute=scenario.recompute, profile=SLOW_COMPUTE)
         placed.initialise(seed)
         placed.model.train()
         training = cls(scenario, ranks, placed, AdamWConfig(lr=scenario.lr).build(placed))

@@ -133,7 +133,7 @@ class Cell:
             scenario = replace(scenario, micro_batch_size=SEQUENCES // (3 * layout.data_world_size) or 1)
         if self.ranks == 1:
             return train_steps(0, 1, scenario, layout), one_process(self.scenario)
-        return merge(run_distributed(train_steps, self.ranks, scenario, layout, 1, chosen.plans)), one_process(self.scenario)
+        return merge(run_distributed(train_steps, self.ranks, scenario, layout, 1, chosen.plans, timeout=180)), one_process(self.scenario)
 
     def check(self) -> None:
         """Raises AssertionError naming what differs, RankError if a rank fails."""
