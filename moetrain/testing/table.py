@@ -162,17 +162,19 @@ def cells() -> Iterator[Cell]:
 
 
 def selection(scenarios_per_layout: int = 2) -> list[Cell]:
-    """A part of the product in which every layout meets that many scenarios, every number of ranks it runs on in turn;
-    every scenario meets several layouts, and is run on most numbers of ranks.
+    """A part of the product in which every layout meets that many scenarios and every scenario several layouts.
 
-    Greedy and deterministic: what has been chosen least comes next.
+    Greedy and deterministic: what has been chosen least comes next, few ranks more often than many.
     """
+    offered: dict[str, list[Cell]] = {layout: [] for layout in LAYOUTS}
+    for cell in cells():
+        offered[cell.layout].append(cell)
     chosen: list[Cell] = []
     uses: Counter[Any] = Counter()
     for _, layout in itertools.product(range(scenarios_per_layout), LAYOUTS):
-        offered = [cell for cell in cells() if cell.layout == layout and not uses[layout, cell.scenario]]
-        # min keeps the first of equals: rare pairs first, then rare scenarios, then rare numbers of ranks
-        best = min(offered, key=lambda c: (uses[c.scenario], uses[c.layout, c.ranks], uses[c.scenario, c.ranks], uses[c.ranks]))
+        new = [cell for cell in offered[layout] if not uses[layout, cell.scenario]]
+        # of equals the first
+        best = min(new, key=lambda c: (uses[c.scenario], uses[c.layout, c.ranks], uses[c.scenario, c.ranks], uses[c.ranks] * c.ranks))
         chosen.append(best)
         uses.update([best.scenario, best.ranks, (layout, best.scenario), (layout, best.ranks), (best.scenario, best.ranks)])
     return chosen
