@@ -224,11 +224,19 @@ def find_init(model: Decoder, name: str) -> Init:
 
 
 def parallelize(
-    model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.device, recompute: bool = False, tokens_per_pass: int = 0
+    model: Decoder,
+    layout: Layout,
+    ranks: Ranks,
+    *,
+    device: torch.device,
+    recompute: bool = False,
+    tokens_per_pass: int = 0,
+    profile: MachineProfile | None = None,
 ) -> ParallelModel:
     """Place a model that was built on the meta device; its weights are allocated but not initialised.
 
     recompute: activation checkpointing of every block. tokens_per_pass: of a rank's forward pass, for the cost model.
+    profile: costs of the machine, the same on every rank; None: as the layout says.
     Collective if the layout has several ranks; the default process group must exist.
     """
     for block in model.layers:
@@ -243,7 +251,7 @@ def parallelize(
     owned: frozenset[str] = frozenset()
     if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        profile = machine_profile(layout, ranks, device)
+        profile = profile or machine_profile(layout, ranks, device)
         placement = place_experts(model, layout, connect(layout, ranks, device, profile), device, recompute, tokens_per_pass, profile)
     else:
         for module in families.values():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from moetrain.models.glam import GLaMConfig
 from moetrain.moe.context import RouterContext
 from moetrain.moe.layer import MoEParts
 from moetrain.moe.routers.base import LinearRouter
-from moetrain.moe.routing import Routing, ragged_routing
+from moetrain.moe.routing import Routing, fixed_routing, ragged_routing
 from moetrain.registry import lookup
 from moetrain.testing.layouts import Outcome, Scenario
-from moetrain.testing.tolerances import assert_close
+from moetrain.testing.tolerances import assert_close, max_error
 
 
 def deepseek(num_experts: int = 6, top_k: int = 2, router: dict[str, Any] | None = None, loss: Any = None, **scenario: Any) -> Scenario:
@@ -83,15 +84,61 @@ def ragged(**scenario: Any) -> Scenario:
     return made
 
 
+Skew = Literal["uniform", "zipf", "one"]
+
+
+@dataclass(kw_only=True)
+class DrawnConfig:
+    """Experts drawn by a fixed popularity: all alike, proportional to rank^-1.2, or one for all tokens (with top_k = 1)."""
+
+    skew: Skew
+    top_k: int
+
+    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> DrawnRouter:
+        return DrawnRouter(self, hidden_size, num_experts, dtype=dtype)
+
+
+class DrawnRouter(LinearRouter):
+    """K different experts by chance, weighted by learned probabilities."""
+
+    def __init__(self, config: DrawnConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
+        super().__init__(hidden_size, num_experts, dtype=dtype)
+        self.config = config
+
+    def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
+        logits = self.logits(x)
+        probs = torch.softmax(logits, dim=1)
+        chance = ctx.uniform("draw", self.num_experts, dtype=probs.dtype)
+        index = ctx.once("select", lambda: self.draw(chance))
+        weight = probs.gather(1, index)
+        return fixed_routing(index, weight, num_experts=self.num_experts, logits=logits, probs=probs, valid=ctx.valid)
+
+    def draw(self, chance: Tensor) -> Tensor:
+        """[T, K] experts, without replacement, by the Gumbel maximum trick. chance: [T, E] in [0, 1)."""
+        place = torch.arange(1, self.num_experts + 1, dtype=chance.dtype)
+        popularity = {"uniform": torch.ones_like(place), "zipf": place**-1.2, "one": (place == 1).to(chance.dtype)}[self.config.skew]
+        return (popularity.log() - (-chance.log()).log()).topk(self.config.top_k, dim=1).indices
+
+
+def drawn(skew: Skew, top_k: int = 2, **scenario: Any) -> Scenario:
+    """Loads that no training changes."""
+    made = deepseek(top_k=top_k, **scenario)
+    made.parts.router = DrawnConfig(skew=skew, top_k=top_k)
+    return made
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 SCENARIOS = {
     "deepseek": deepseek(),
+    "uniform": drawn("uniform"),
+    "zipf": drawn("zipf"),
+    "all_to_one": drawn("one", top_k=1),
+    "same_token": deepseek(repeat_token=True),
     "padded": deepseek(pad=True),
     "fewer_experts_than_ranks": deepseek(num_experts=2),
     "global_balance": deepseek(loss=GLOBAL, pad=True),
     "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
     "zero_experts": deepseek(router=dict(num_zero_experts=2)),
-    "all_to_one": deepseek(repeat_token=True),
     "recompute": deepseek(recompute=True, pad=True),
     "accumulate": deepseek(micro_batch_size=1),
     "glam_capacity": glam(pad=True),
@@ -101,17 +148,26 @@ SCENARIOS = {
 }
 
 
-def compare(actual: Outcome, expected: Outcome) -> None:
-    """Raises AssertionError unless losses, norms, loads, gradients and weights agree to the layout tolerance."""
+def pairs(actual: Outcome, expected: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Everything that two outcomes must agree in: (name, actual, expected). Raises AssertionError if their keys differ."""
     for field in ("losses", "totals", "norms"):
-        assert_close(
-            torch.tensor(getattr(actual, field), dtype=torch.float64),
-            torch.tensor(getattr(expected, field), dtype=torch.float64),
-            kind="layout",
-        )
-    assert actual.selected == expected.selected
-    for field in ("gradients", "parameters"):
-        ours, reference = getattr(actual, field), getattr(expected, field)
-        assert ours.keys() == reference.keys()
-        for key in reference:
-            assert_close(ours[key], reference[key], kind="layout")
+        ours, reference = (torch.tensor(getattr(outcome, field), dtype=torch.float64) for outcome in (actual, expected))
+        yield field, ours, reference
+    for step, (loads, reference_loads) in enumerate(zip(actual.selected, expected.selected, strict=True)):
+        for layer, load in reference_loads.items():
+            yield f"load of {layer} in step {step}", torch.tensor(loads[layer]), torch.tensor(load)
+    for field in ("outputs", "gradients", "parameters"):
+        tensors, reference_tensors = getattr(actual, field), getattr(expected, field)
+        assert tensors.keys() == reference_tensors.keys(), f"{field}: {sorted(tensors.keys() ^ reference_tensors.keys())}"
+        yield from ((f"{field}[{key}]", tensors[key], reference_tensors[key]) for key in reference_tensors)
+
+
+def compare(actual: Outcome, expected: Outcome) -> None:
+    """Raises AssertionError unless losses, norms, loads, outputs, gradients and weights agree to the layout tolerance."""
+    for name, ours, reference in pairs(actual, expected):
+        assert_close(ours, reference, kind="layout", name=name)
+
+
+def largest_error(actual: Outcome, expected: Outcome) -> float:
+    """The largest relative error of all that :func:`compare` looks at."""
+    return max(max_error(ours, reference) for _, ours, reference in pairs(actual, expected))

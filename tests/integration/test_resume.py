@@ -65,6 +65,23 @@ def test_kill_a_rank_and_continue_bit_for_bit(workspace, rank):
     assert losses(workspace / run) == losses(workspace / whole)
 
 
+def test_kill_a_rank_whose_experts_have_moved_continue_bit_for_bit_then_resume_on_one_rank(workspace):
+    moving = ["parallel=fssdp", "parallel.fssdp.reshard_every=2", "launch.nproc_per_node=2", "schedule=constant"]
+    assert moetrain("train", *TINY, *moving, "run.dir=moving", "train.steps=10", folder=workspace).returncode == 0
+    whole = losses(workspace / "moving")
+    killed = start(*moving, "run.dir=moving-killed", folder=workspace, MOETRAIN_FAULT="step.begin:1:6:kill")
+    _, stderr = killed.communicate(timeout=120)
+    assert "rank 1 was killed by SIGKILL" in stderr
+    assert any(line.get("experts_moved") for line in lines(workspace / "moving-killed") if line["step"] <= 4)
+    again = moetrain("train", *TINY, *moving, "run.dir=moving-killed", folder=workspace)
+    assert "continuing after step 4" in again.stdout, again.stderr
+    assert losses(workspace / "moving-killed") == whole[:8]
+    alone = ["parallel=ep", "launch.nproc_per_node=1", "schedule=constant", "train.steps=10"]
+    last = moetrain("train", *TINY, *alone, "run.dir=moving-killed", folder=workspace)
+    assert "continuing after step 8" in last.stdout, last.stderr
+    close(losses(workspace / "moving-killed"), whole)
+
+
 def test_kill_the_launcher_leaves_no_orphans_and_the_run_continues(workspace):
     run = workspace / "launcher-killed"
     killed = start(*EP, "train.steps=400", "run.dir=launcher-killed", folder=workspace)
