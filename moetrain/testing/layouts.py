@@ -107,6 +107,8 @@ def train_steps(
     for step in range(scenario.steps):
         batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
+        for layer in placed.model.moe_layers().values():
+            layer.router.begin_step(step, scenario.steps)
         placed.begin_step()
         if plans is not None:
             for name, executor in placed.executors().items():
@@ -114,7 +116,8 @@ def train_steps(
         optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
         if step == scenario.steps - 1:
-            outcome.gradients = full({n: t for name, p in placed.parameters() for n, t in placed.logical(name, p.grad)})  # type: ignore[arg-type]
+            gradients = {name: p.grad for name, p in placed.parameters() if p.grad is not None}
+            outcome.gradients = full({n: t for name, gradient in gradients.items() for n, t in placed.logical(name, gradient)})
         norm = placed.clip_gradients(scenario.clip_norm)
         optimizer.step()
         for name, layer in placed.model.moe_layers().items():
