@@ -93,6 +93,7 @@ def ragged(**scenario: Any) -> Scenario:
 
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 VARIATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("importance", "load")}
+INFORMATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("mutual_information", "load_concentration")}
 RANDOM = dict(score="logit", selected_softmax=True, logit_bias=True, trained=False)
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -109,6 +110,7 @@ SCENARIOS = {
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
     "noisy_topk": routed("noisy_topk", dict(top_k=2), loss=VARIATION, pad=True),
+    "moduleformer": routed("moduleformer", dict(top_k=2, gate_size=5, explored=1), loss=INFORMATION, pad=True, recompute=True),
     "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
     "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
     "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
