@@ -58,6 +58,14 @@ def noisy_gates(**scenario: Any) -> Scenario:
     return made
 
 
+def routed(router: str, settings: dict[str, Any] | None = None, **scenario: Any) -> Scenario:
+    """The model of :func:`deepseek` with another router; without losses unless some are given."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", router)(**(settings or {}))
+    made.parts.loss = scenario.get("loss") or {}
+    return made
+
+
 @dataclass(kw_only=True)
 class RaggedConfig:
     """Every expert whose probability is above average: a different number for each token, also none."""
@@ -128,6 +136,9 @@ def drawn(skew: Skew, top_k: int = 2, **scenario: Any) -> Scenario:
 
 
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
+VARIATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("importance", "load")}
+INFORMATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("mutual_information", "load_concentration")}
+RANDOM = dict(score="logit", selected_softmax=True, logit_bias=True, trained=False)
 SCENARIOS = {
     "deepseek": deepseek(),
     "uniform": drawn("uniform"),
@@ -145,6 +156,17 @@ SCENARIOS = {
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
+    "noisy_topk": routed("noisy_topk", dict(top_k=2), loss=VARIATION, pad=True),
+    "moduleformer": routed("moduleformer", dict(top_k=2, gate_size=5, explored=1), loss=INFORMATION, pad=True, recompute=True),
+    "hash": routed("hash", dict(top_k=2), pad=True),
+    "token_table": routed("token_table", dict(top_k=2), loss=GLOBAL),
+    "expert_choice": routed("expert_choice", dict(allow_future=True), pad=True, recompute=True),
+    "base": routed("base", pad=True, recompute=True),
+    "sinkhorn": routed("sinkhorn", dict(top_k=2), pad=True),
+    "sparsemixer": routed("sparsemixer", dict(top_k=2, band=0.2), loss=GLOBAL, recompute=True),
+    "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
+    "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
+    "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
 }
 
 

@@ -219,6 +219,8 @@ class Trainer:
         for name, layer in self.placed.model.moe_layers().items():
             layer.router.end_step(result.statistics[name])
         progress.updates += 1
+        if self.placed.frozen_routers():
+            set_update_count(self.optimizer, progress.updates)  # theirs too, as when a run is resumed
         progress.skipped_in_a_row = 0
         return lr, norm, False
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
+from moetrain.models.common.decoder import NOT_CAUSAL
 
 
 @dataclass(kw_only=True)
@@ -110,6 +111,11 @@ class Config:
         experts, top_k = self.experts.num_experts, getattr(self.router, "top_k", None)
         if top_k is not None and top_k > experts:
             yield Problem("router.top_k", top_k, f"must be <= experts.num_experts ({experts})")
+        if not getattr(self.router, "causal", True):
+            yield Problem("router", self.router.kind, NOT_CAUSAL)
+        if not getattr(self.router, "scored", True):
+            for name, loss in self.loss.items():
+                yield Problem(f"loss.{name}", loss.kind, f"router={self.router.kind} has no probabilities to act on; loss=[] removes all")
         if hasattr(self.router, "check"):
             yield from self.router.check("router", num_experts=experts)
         for name, loss in self.loss.items():

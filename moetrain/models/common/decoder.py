@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.errors import ConfigError, Problem
 from moetrain.models.common.attention import AttentionInput, KeyValueCache, SoftmaxAttention
 from moetrain.models.common.init import Init
 from moetrain.models.common.layers import Linear
@@ -21,6 +22,8 @@ from moetrain.models.common.sharding import SPLITS, Split, local_part
 from moetrain.models.common.vocabulary import Vocabulary, WholeVocabulary
 from moetrain.moe.context import ForwardContext
 from moetrain.moe.layer import MoELayer
+
+NOT_CAUSAL = "is not causal: a token's experts depend on later tokens, which a decoder refuses unless router.allow_future=true"
 
 
 class Block(nn.Module):
@@ -67,6 +70,7 @@ class Decoder(nn.Module):
 
     rope_theta: None without rotary embedding. logit_scale: factor on the final hidden states. head: None if the
     output is tied to the embedding. compute_dtype: dtype of activations. vocabulary: replaced by ``parallel.parallelize``.
+    Raises ConfigError for a router that is not causal.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class Decoder(nn.Module):
         splits: Mapping[str, Split] = SPLITS,
     ) -> None:
         super().__init__()
+        for block in blocks:
+            if isinstance(block.ffn, MoELayer) and not block.ffn.router.causal:
+                raise ConfigError([Problem("router", type(block.ffn.router).__name__, NOT_CAUSAL)])
         parameter_dtype = next(norm.parameters()).dtype
         self.embed = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=parameter_dtype))
         self.layers = nn.ModuleList(blocks)
