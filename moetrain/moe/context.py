@@ -71,6 +71,8 @@ class ForwardContext:
         a local mean into a share of the global one.
     world_size: data-parallel ranks.
     losses:   weighted auxiliary losses by name, summed over layers. statistics: by layer name.
+    carry:    state that travels from layer to layer, by owner. A recomputed layer sees what it saw the first time, so
+        entries are replaced, never changed in place. handles: what a layer keeps for its recomputation and backward.
 
     Not a dataclass on purpose: FSDP copies dataclasses among a module's arguments, and what a layer records in a
     copy is lost.
@@ -102,6 +104,7 @@ class ForwardContext:
         self.losses: dict[str, Tensor] = {}
         self.statistics: dict[str, LayerStatistics] = {}
         self.carry: dict[str, Any] = {}
+        self.handles: dict[str, Any] = {}
         self.recomputing = False
         self._decisions: dict[tuple[str, str], Any] = {}
 
@@ -165,6 +168,11 @@ class RouterContext:
     def carry(self) -> dict[str, Any]:
         """State that travels from MoE layer to MoE layer within the pass, by the name of its owner."""
         return self.forward.carry
+
+    @property
+    def handles(self) -> dict[str, Any]:
+        """What outlives a layer's forward until its recomputation and backward, by the name of its owner."""
+        return self.forward.handles
 
     @property
     def name(self) -> str:

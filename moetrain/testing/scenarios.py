@@ -57,6 +57,13 @@ def noisy_gates(**scenario: Any) -> Scenario:
     return made
 
 
+def mixed(name: str, settings: dict[str, Any], **scenario: Any) -> Scenario:
+    """Another residual rule."""
+    made = deepseek(**scenario)
+    made.parts.mixer = lookup("mixer", name)(**settings)
+    return made
+
+
 @dataclass(kw_only=True)
 class RaggedConfig:
     """Every expert whose probability is above average: a different number for each token, also none."""
@@ -98,6 +105,9 @@ SCENARIOS = {
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
+    "momentum": mixed("momentum", dict(mu=0.7, gamma=0.5), recompute=True),
+    "adam": mixed("adam", dict(mu=0.5), pad=True),
+    "robust_momentum": mixed("robust_momentum", dict(rate=0.7), recompute=True),
 }
 
 
