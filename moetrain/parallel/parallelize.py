@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moetrain.models.common.decoder import Decoder
-from moetrain.models.common.init import Constant, Init, draw
+from moetrain.models.common.init import Constant, Init, Uniform, draw
 from moetrain.moe.context import LayerStatistics, LocalReducer, Reducer
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
@@ -216,7 +216,8 @@ def find_init(model: Decoder, name: str) -> Init:
     for layer, moe in model.moe_layers().items():
         parameter = name.removeprefix(f"{layer}.router.")
         if parameter != name and parameter in moe.router.initial:
-            return Constant(moe.router.initial[parameter])
+            start = moe.router.initial[parameter]
+            return Uniform(*start) if isinstance(start, tuple) else Constant(start)
     for pattern, init in model.init.items():
         if fnmatchcase(name, pattern):
             return init

@@ -48,6 +48,7 @@ class Scenario:
     lr: float = 1e-2
     clip_norm: float = 0.5
     repeat_token: bool = False
+    objective: Any = field(default_factory=LanguageModelingConfig)
 
 
 @dataclass
@@ -103,10 +104,12 @@ def train_steps(
     placed.initialise(seed=0)
     placed.model.train()
     optimizer = AdamWConfig(lr=scenario.lr).build(placed)
-    outcome, objective = Outcome(), LanguageModelingConfig().build()
+    outcome, objective = Outcome(), scenario.objective.build()
     for step in range(scenario.steps):
         batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
         totals, _ = count_units(batches, placed)
+        for layer in placed.model.moe_layers().values():
+            layer.router.begin_step(step, scenario.steps)
         placed.begin_step()
         if plans is not None:
             for name, executor in placed.executors().items():

@@ -44,7 +44,7 @@ class DrawnContext(RouterContext):
         super().__init__(ctx.forward, ctx.layer, ctx.family)
         object.__setattr__(self, "recorded", draws)
 
-    def uniform(self, site, width, *, dtype=torch.float32, device=None):
+    def uniform(self, site, width, *, per="token", dtype=torch.float32, device=None):
         draws = self.recorded[site].to(dtype)
         assert draws.shape[1] == width
         return draws

@@ -41,6 +41,17 @@ class FanIn:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Uniform distribution between two bounds."""
+
+    low: float
+    high: float
+
+    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.uniform_(self.low, self.high, generator=generator)
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same value everywhere."""
 

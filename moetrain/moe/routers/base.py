@@ -20,10 +20,10 @@ class Router(nn.Module):
     """Maps tokens [T, D] to a :class:`Routing`. Discrete choices go through ``ctx.once``.
 
     num_experts: E, the experts that hold parameters.
-    initial: parameters that start at this constant; the model initialises the others.
+    initial: parameters that start at this constant, or uniform between two bounds; the model initialises the others.
     """
 
-    initial: Mapping[str, float] = {}
+    initial: Mapping[str, float | tuple[float, float]] = {}
     num_experts: int
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
