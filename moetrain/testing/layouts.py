@@ -49,6 +49,7 @@ class Scenario:
     lr: float = 1e-2
     clip_norm: float = 0.5
     repeat_token: bool = False
+    objective: Any = field(default_factory=LanguageModelingConfig)
 
 
 SLOW_COMPUTE = MachineProfile(
@@ -141,7 +142,7 @@ class Training:
             for name, executor in placed.executors().items():
                 executor.plan = plans(executor, name, step)
         self.optimizer.zero_grad(set_to_none=True)
-        objective, steps = LanguageModelingConfig().build(), self.scenario.steps
+        objective, steps = self.scenario.objective.build(), self.scenario.steps
         return accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=steps, phases=Phases())
 
     def update(self, step: int, result: StepResult) -> float:

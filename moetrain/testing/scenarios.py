@@ -66,6 +66,52 @@ def routed(router: str, settings: dict[str, Any] | None = None, **scenario: Any)
     return made
 
 
+def dense_to_sparse(**scenario: Any) -> Scenario:
+    """From all experts, with noise, to one at a time; weights in the loss."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dense_to_sparse")(activation="tanh", logit_bias=True, hard_after=2, threshold=0.15)
+    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
+def learned_temperature(**scenario: Any) -> Scenario:
+    """A temperature that is trained."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dense_to_sparse")(decay="learned", temperature=0.5, weights="clean", threshold=0.12)
+    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05)}
+    return made
+
+
+def comet(**scenario: Any) -> Scenario:
+    """Trees whose permutations are learned for two steps and then stay."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "comet")(num_trees=2, width=0.5, split_bias=True, permutation_steps=2)
+    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "permutation_entropy")}
+    return made
+
+
+def dselect(**scenario: Any) -> Scenario:
+    """Binary codes of which some mean no expert."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dselect_k")(num_selectors=2, width=0.5)
+    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "trapped_experts")}
+    return made
+
+
+def stochastic(granularity: str, **scenario: Any) -> Scenario:
+    """Random experts and two passes that have to agree."""
+    made = deepseek(objective=lookup("objective", "consistency")(alpha=5.0), **scenario)
+    made.parts.router = lookup("router", "stochastic")(granularity=granularity)
+    return made
+
+
+def mixed(name: str, settings: dict[str, Any], **scenario: Any) -> Scenario:
+    """Another residual rule."""
+    made = deepseek(**scenario)
+    made.parts.mixer = lookup("mixer", name)(**settings)
+    return made
+
+
 @dataclass(kw_only=True)
 class RaggedConfig:
     """Every expert whose probability is above average: a different number for each token, also none."""
@@ -167,6 +213,15 @@ SCENARIOS = {
     "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
     "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
     "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
+    "dense_to_sparse": dense_to_sparse(pad=True),
+    "learned_temperature": learned_temperature(recompute=True),
+    "stochastic": stochastic("token", pad=True),
+    "one_random_expert": stochastic("pass", recompute=True),
+    "comet": comet(pad=True, recompute=True),
+    "dselect": dselect(pad=True),
+    "momentum": mixed("momentum", dict(mu=0.7, gamma=0.5), recompute=True),
+    "adam": mixed("adam", dict(mu=0.5), pad=True),
+    "robust_momentum": mixed("robust_momentum", dict(rate=0.7), recompute=True),
 }
 
 

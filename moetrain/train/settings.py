@@ -13,6 +13,7 @@ from typing import Any, Literal
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.models.common.decoder import NOT_CAUSAL
+from moetrain.moe.mixers import ResidualConfig
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,7 @@ class Config:
     capacity: Any = setting(doc="how many tokens an expert takes", group="capacity")
     experts: Any = setting(doc="what an expert computes", group="experts")
     loss: dict[str, Component] = setting(default_factory=dict, doc="auxiliary losses by name", group="loss")
+    mixer: Any = setting(default_factory=ResidualConfig, doc="how the output of an MoE layer enters the residual stream", group="mixer")
     objective: Any = setting(doc="what is optimised on which batch", group="objective")
     data: Any = setting(doc="text, tokenizer, packing", group="data")
     optim: Any = setting(doc="optimizer", group="optim")

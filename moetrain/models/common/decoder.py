@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ NOT_CAUSAL = "is not causal: a token's experts depend on later tokens, which a d
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + channel(norm(x)). The channel block is a dense FFN or an MoE layer.
+    """x + attention(norm(x)), then + channel(norm(x)). The channel block is a dense FFN or an MoE layer, whose mixer may
+    replace the sum.
 
-    recompute: activation checkpointing; routing decisions of the first pass are reused in the second.
+    recompute: activation checkpointing; routing decisions and carried state of the first pass are reused in the second.
     """
 
     def __init__(self, *, name: str, attn_norm: nn.Module, attn: SoftmaxAttention, ffn_norm: nn.Module, ffn: nn.Module) -> None:
@@ -42,27 +44,32 @@ class Block(nn.Module):
         if not (self.recompute and torch.is_grad_enabled()):
             return self.compute(x, shared, ctx)
 
+        carry = dict(ctx.carry)
+
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _recomputation(ctx)
+            return nullcontext(), _recomputation(ctx, carry)
 
         # no draws from torch's generators happen inside: noise is counter-based
         return checkpoint(self.compute, x, shared, ctx, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 
     def compute(self, x: Tensor, shared: AttentionInput, ctx: ForwardContext) -> Tensor:
-        if isinstance(self.ffn, MoELayer):
-            self.ffn.prefetch(ctx.at(self.name))
+        if not isinstance(self.ffn, MoELayer):
+            x = x + self.attn(self.attn_norm(x), shared)
+            return x + self.ffn(self.ffn_norm(x))
+        layer, mixer = ctx.at(self.name), self.ffn.mixer
+        self.ffn.prefetch(layer)
         x = x + self.attn(self.attn_norm(x), shared)
-        normed = self.ffn_norm(x)
-        return x + (self.ffn(normed, ctx.at(self.name)) if isinstance(self.ffn, MoELayer) else self.ffn(normed))
+        return mixer(x, self.ffn(self.ffn_norm(mixer.look_ahead(x, layer)), layer), layer)
 
 
 @contextmanager
-def _recomputation(ctx: ForwardContext) -> Iterator[None]:
-    ctx.recomputing = True
+def _recomputation(ctx: ForwardContext, carry: dict[str, Any]) -> Iterator[None]:
+    """carry: as it was when the block was entered."""
+    ctx.recomputing, ctx.carry, after = True, dict(carry), ctx.carry
     try:
         yield
     finally:
-        ctx.recomputing = False
+        ctx.recomputing, ctx.carry = False, after
 
 
 class Decoder(nn.Module):
