@@ -80,6 +80,9 @@ def synthetic_batch(scenario: Scenario, step: int, index: Tensor) -> Batch:
     """Sequences ``index`` of the global batch of a step, the same on every rank that asks for them."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(scenario.vocab_size, (scenario.batch_size, scenario.seq_len + 1), generator=generator)
+    # a token that only sees its like has its hidden state but for rounding, and experts that choose tokens would meet a tie
+    same = tokens[:, 0] == tokens[:, 1]
+    tokens[same, 1] = (tokens[same, 1] + 1) % scenario.vocab_size
     if scenario.repeat_token:
         tokens[:] = tokens[:1, :1]
     targets = tokens[:, 1:].clone()
