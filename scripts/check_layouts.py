@@ -120,7 +120,8 @@ def markdown(asked: Sequence[Cell], results: dict[Cell, Result], command: str) -
     ]
     scenarios = [name for name in SCENARIOS if any(cell.scenario == name for cell in asked)]
     for ranks in sorted({cell.ranks for cell in asked}):
-        lines += ["", f"## {ranks} rank{'s' if ranks > 1 else ''}", "", f"| layout | {' | '.join(scenarios)} |", "|---" * (len(scenarios) + 1) + "|"]
+        lines += ["", f"## {ranks} rank{'s' if ranks > 1 else ''}", ""]
+        lines += [f"| layout | {' | '.join(scenarios)} |", "|---" * (len(scenarios) + 1) + "|"]
         here = {cell for cell in asked if cell.ranks == ranks}
         for layout in LAYOUTS:
             row = [Cell(layout, name, ranks) for name in scenarios]

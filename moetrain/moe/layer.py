@@ -17,6 +17,7 @@ from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.execution import Executor, LocalExecutor
 from moetrain.moe.experts import Experts
 from moetrain.moe.losses import Loss
+from moetrain.moe.mixers import Mixer, Residual, ResidualConfig
 from moetrain.moe.routers import Router
 from moetrain.moe.routing import Routing
 
@@ -24,11 +25,19 @@ from moetrain.moe.routing import Routing
 class MoELayer(nn.Module):
     """x [B, S, D] or [T, D] -> y of the same shape. Statistics and weighted losses go to the forward context.
 
-    shared: an FFN that sees every token, or None. executor: replaced by ``parallel.parallelize``.
+    shared: an FFN that sees every token, or None. mixer: how y enters the residual stream, for the block around this
+    layer. executor: replaced by ``parallel.parallelize``.
     """
 
     def __init__(
-        self, *, router: Router, capacity: Capacity, experts: Experts, losses: Mapping[str, Loss], shared: nn.Module | None = None
+        self,
+        *,
+        router: Router,
+        capacity: Capacity,
+        experts: Experts,
+        losses: Mapping[str, Loss],
+        shared: nn.Module | None = None,
+        mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
         self.router = router
@@ -36,6 +45,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.losses = nn.ModuleDict(losses)
         self.shared = shared
+        self.mixer = mixer or Residual()
         self.executor: Executor = LocalExecutor()
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Tensor:
@@ -82,6 +92,7 @@ class MoEParts:
     experts: Any
     capacity: Any
     loss: Mapping[str, Any] = field(default_factory=dict)
+    mixer: Any = field(default_factory=ResidualConfig)
 
     def build(self, hidden_size: int, *, dtype: torch.dtype, shared: nn.Module | None = None) -> MoELayer:
         """One MoE layer for inputs of ``hidden_size`` features."""
@@ -91,4 +102,5 @@ class MoEParts:
             experts=self.experts.build(hidden_size, dtype=dtype),
             losses={name: config.build() for name, config in self.loss.items()},
             shared=shared,
+            mixer=self.mixer.build(),
         )

@@ -13,6 +13,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+SMALLEST = 2.0**-54
+"""Stands for a draw of zero, whose quantile is infinite: half the step of float64 draws."""
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
@@ -42,3 +45,14 @@ def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tens
     bits = mix(mix(key)[:, None] + counter)
     digits = 53 if dtype == torch.float64 else 24
     return _shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits
+
+
+def normal(draws: Tensor) -> Tensor:
+    """Standard normal numbers from uniform ones, by the quantile function; float64 draws reach further into the tails."""
+    return torch.special.ndtri(draws.clamp_min(SMALLEST))
+
+
+def gumbel(draws: Tensor) -> Tensor:
+    """Gumbel(0, 1) numbers from uniform ones. The K largest of log-probabilities plus such noise are K choices drawn
+    without replacement (Kool, van Hoof, Welling, 1903.06059)."""
+    return -torch.log(-torch.log(draws.clamp_min(SMALLEST)))

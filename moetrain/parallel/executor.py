@@ -236,7 +236,7 @@ class PlacedExecutor:
 
     def copies(self, plan: PlacementPlan, experts: Experts, ctx: RouterContext, site: str = "planned") -> Copies:
         """The copies of this pass, the same object for its recomputation and backward."""
-        found: dict[tuple[str, str], Copies] = ctx.carry.setdefault("placement", {})
+        found: dict[tuple[str, str], Copies] = ctx.handles.setdefault("placement", {})
         if (ctx.name, site) in found:
             return found[ctx.name, site]
         keep = self.keep and torch.is_grad_enabled() and site == "planned"

@@ -49,6 +49,7 @@ class Scenario:
     lr: float = 1e-2
     clip_norm: float = 0.5
     repeat_token: bool = False
+    objective: Any = field(default_factory=LanguageModelingConfig)
 
 
 SLOW_COMPUTE = MachineProfile(
@@ -134,12 +135,14 @@ class Training:
         placed, batches = self.placed, self.batches(step)
         self.outputs.clear()
         totals, _ = count_units(batches, placed)
+        for layer in placed.model.moe_layers().values():
+            layer.router.begin_step(step, self.scenario.steps)
         placed.begin_step()
         if plans is not None:
             for name, executor in placed.executors().items():
                 executor.plan = plans(executor, name, step)
         self.optimizer.zero_grad(set_to_none=True)
-        objective, steps = LanguageModelingConfig().build(), self.scenario.steps
+        objective, steps = self.scenario.objective.build(), self.scenario.steps
         return accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=steps, phases=Phases())
 
     def update(self, step: int, result: StepResult) -> float:
@@ -166,7 +169,8 @@ def train_steps(
     for step in range(scenario.steps):
         result = training.gradients(step, plans)
         if step == scenario.steps - 1:
-            outcome.gradients = full({n: t for name, p in placed.parameters() for n, t in placed.logical(name, p.grad)})  # type: ignore[arg-type]
+            gradients = {name: p.grad for name, p in placed.parameters() if p.grad is not None}
+            outcome.gradients = full({n: t for name, gradient in gradients.items() for n, t in placed.logical(name, gradient)})
             for batch, x in zip(training.batches(step), training.outputs, strict=True):
                 outcome.outputs |= {f"sequence.{i}": y for i, y in zip(batch.sample.tolist(), x.view(*batch.tokens.shape, -1), strict=True)}
         outcome.norms.append(training.update(step, result))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch._C._profiler import _EventType, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -134,6 +134,7 @@ def allocations(profiler: profile) -> tuple[int, int]:
     before = None  # the counter goes on from earlier traces of the process
     for event in sorted(events, key=lambda event: event.start_time_ns):
         kind, fields = event.typed
+        fields = cast(Any, fields)  # of the kind's own type
         if kind == _EventType.Allocation and fields.device.type == "cpu":
             if before is None:
                 before = fields.total_allocated - fields.alloc_size

@@ -48,6 +48,70 @@ def glam(**scenario: Any) -> Scenario:
     return Scenario(model=model, parts=parts, **scenario)
 
 
+def noisy_gates(**scenario: Any) -> Scenario:
+    """Everything that draws: noisy cosine logits, sampled second choices, random token selection; a loss that is linear
+    in nothing, over all ranks."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "cosine_topk")(top_k=2, projection_size=4, logit_noise=1.0, sampling="later")
+    made.parts.capacity = lookup("capacity", "slots")(factor=1.0, priority="random", renormalise=True)
+    made.parts.loss = {"balance": lookup("loss", "load_importance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
+def routed(router: str, settings: dict[str, Any] | None = None, **scenario: Any) -> Scenario:
+    """The model of :func:`deepseek` with another router; without losses unless some are given."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", router)(**(settings or {}))
+    made.parts.loss = scenario.get("loss") or {}
+    return made
+
+
+def dense_to_sparse(**scenario: Any) -> Scenario:
+    """From all experts, with noise, to one at a time; weights in the loss."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dense_to_sparse")(activation="tanh", logit_bias=True, hard_after=2, threshold=0.15)
+    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
+def learned_temperature(**scenario: Any) -> Scenario:
+    """A temperature that is trained."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dense_to_sparse")(decay="learned", temperature=0.5, weights="clean", threshold=0.12)
+    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05)}
+    return made
+
+
+def comet(**scenario: Any) -> Scenario:
+    """Trees whose permutations are learned for two steps and then stay."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "comet")(num_trees=2, width=0.5, split_bias=True, permutation_steps=2)
+    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "permutation_entropy")}
+    return made
+
+
+def dselect(**scenario: Any) -> Scenario:
+    """Binary codes of which some mean no expert."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dselect_k")(num_selectors=2, width=0.5)
+    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "trapped_experts")}
+    return made
+
+
+def stochastic(granularity: str, **scenario: Any) -> Scenario:
+    """Random experts and two passes that have to agree."""
+    made = deepseek(objective=lookup("objective", "consistency")(alpha=5.0), **scenario)
+    made.parts.router = lookup("router", "stochastic")(granularity=granularity)
+    return made
+
+
+def mixed(name: str, settings: dict[str, Any], **scenario: Any) -> Scenario:
+    """Another residual rule."""
+    made = deepseek(**scenario)
+    made.parts.mixer = lookup("mixer", name)(**settings)
+    return made
+
+
 @dataclass(kw_only=True)
 class RaggedConfig:
     """Every expert whose probability is above average: a different number for each token, also none."""
@@ -118,6 +182,9 @@ def drawn(skew: Skew, top_k: int = 2, **scenario: Any) -> Scenario:
 
 
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
+VARIATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("importance", "load")}
+INFORMATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("mutual_information", "load_concentration")}
+RANDOM = dict(score="logit", selected_softmax=True, logit_bias=True, trained=False)
 SCENARIOS = {
     "deepseek": deepseek(),
     "uniform": drawn("uniform"),
@@ -134,6 +201,27 @@ SCENARIOS = {
     "glam_capacity": glam(pad=True),
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
+    "noisy_gates": noisy_gates(pad=True),
+    "noisy_topk": routed("noisy_topk", dict(top_k=2), loss=VARIATION, pad=True),
+    "moduleformer": routed("moduleformer", dict(top_k=2, gate_size=5, explored=1), loss=INFORMATION, pad=True, recompute=True),
+    "hash": routed("hash", dict(top_k=2), pad=True),
+    "token_table": routed("token_table", dict(top_k=2), loss=GLOBAL),
+    "expert_choice": routed("expert_choice", dict(allow_future=True), pad=True, recompute=True),
+    "base": routed("base", pad=True, recompute=True),
+    "sinkhorn": routed("sinkhorn", dict(top_k=2), pad=True),
+    "sparsemixer": routed("sparsemixer", dict(top_k=2, band=0.2), loss=GLOBAL, recompute=True),
+    "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
+    "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
+    "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
+    "dense_to_sparse": dense_to_sparse(pad=True),
+    "learned_temperature": learned_temperature(recompute=True),
+    "stochastic": stochastic("token", pad=True),
+    "one_random_expert": stochastic("pass", recompute=True),
+    "comet": comet(pad=True, recompute=True),
+    "dselect": dselect(pad=True),
+    "momentum": mixed("momentum", dict(mu=0.7, gamma=0.5), recompute=True),
+    "adam": mixed("adam", dict(mu=0.5), pad=True),
+    "robust_momentum": mixed("robust_momentum", dict(rate=0.7), recompute=True),
 }
 
 

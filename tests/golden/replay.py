@@ -2,7 +2,8 @@
 
 import torch
 
-from moetrain.moe.context import ForwardContext
+from moetrain.moe.context import ForwardContext, RouterContext
+from moetrain.moe.experts.ffn import FFNExpertsConfig
 from moetrain.moe.routers.topk import TopKRouter, TopKRouterConfig
 
 
@@ -34,3 +35,40 @@ def dense_map(routing):
     real = routing.expert >= 0
     index = (routing.token[real], routing.expert[real])
     return selected.index_put(index, torch.tensor(True)), weight.index_put(index, routing.weight[real])
+
+
+class DrawnContext(RouterContext):
+    """A layer's context in which the noise of a site is what a reference drew: tensors [T, width] by site."""
+
+    def __init__(self, ctx, draws):
+        super().__init__(ctx.forward, ctx.layer, ctx.family)
+        object.__setattr__(self, "recorded", draws)
+
+    def uniform(self, site, width, *, per="token", dtype=torch.float32, device=None):
+        draws = self.recorded[site].to(dtype)
+        assert draws.shape[1] == width
+        return draws
+
+
+def place_map(routing, place, capacity):
+    """Weights as [T, E, C]: an entry stands at its place in its expert's buffer."""
+    real = routing.expert >= 0
+    index = (routing.token[real], routing.expert[real], place[real])
+    shape = (routing.num_tokens, routing.selected.numel(), capacity)
+    return torch.zeros(shape, dtype=routing.weight.dtype).index_put(index, routing.weight[real])
+
+
+def biased_experts(w1, b1, w2, b2):
+    """Experts relu(x w1^T + b1) w2^T + b2 for inputs with a one appended: a hidden unit that is always one holds b2."""
+    experts, width, hidden = w1.shape
+    made = FFNExpertsConfig(num_experts=experts, width=width + 1, activation="relu", gated=False).build(hidden + 1, dtype=w1.dtype)
+    w_in, w_out = torch.zeros_like(made.w_in), torch.zeros_like(made.w_out)
+    w_in[:, :width] = torch.cat([w1, b1[:, :, None]], dim=2)
+    w_in[:, width, hidden] = 1
+    w_out[:, :hidden] = torch.cat([w2, b2[:, :, None]], dim=2)
+    made.load_state_dict({"w_in": w_in, "w_out": w_out})
+    return made
+
+
+def append_one(x):
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)

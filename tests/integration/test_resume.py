@@ -52,6 +52,18 @@ def test_kill_one_process_and_continue_bit_for_bit(workspace, reference):
     assert losses(workspace / "killed") == reference
 
 
+def test_schedules_of_the_router_continue_bit_for_bit(workspace):
+    """More and more experts, and a router that is trained in the middle of training only."""
+    settings = ["router.top_k_start=1", "router.top_k=4", "router.trained_from=0.3", "router.trained_until=0.9"]
+    whole = moetrain("train", *TINY, *settings, "run.dir=schedules-whole", folder=workspace)
+    assert whole.returncode == 0, whole.stderr
+    killed = start(*settings, "run.dir=schedules-killed", folder=workspace, MOETRAIN_FAULT="step.begin:0:6:kill")
+    assert killed.wait(60) == -signal.SIGKILL
+    again = moetrain("train", *TINY, *settings, "run.dir=schedules-killed", folder=workspace)
+    assert again.returncode == 0, again.stderr
+    assert losses(workspace / "schedules-killed") == losses(workspace / "schedules-whole")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_kill_a_rank_and_continue_bit_for_bit(workspace, rank):
     whole, run = f"ep-whole-{rank}", f"ep-killed-{rank}"

@@ -1,8 +1,8 @@
 """Capacity policies: dropless, slots per expert and token group, a budget per device.
 
 Slots: GShard (2006.16668), Switch (2101.03961), GLaM (2112.06905), batch-prioritised routing (V-MoE
-2106.05974); the order of dropping follows fairseq's and Megatron-Core's routers. Device budget: DeepSeek-V2
-(2405.04434 section 2.2.4).
+2106.05974), random token selection (Z-code M3 2109.10465); the order of dropping and the rounding follow fairseq's,
+DeepSpeed's, Tutel's and Megatron-Core's routers. Device budget: DeepSeek-V2 (2405.04434 section 2.2.4).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Dropless(Capacity):
         return routing
 
 
-@register("capacity", "slots", source="GShard 2006.16668, Switch 2101.03961, GLaM 2112.06905")
+@register("capacity", "slots", source="GShard 2006.16668, Switch 2101.03961, GLaM 2112.06905, V-MoE 2106.05974, Z-code M3 2109.10465")
 @dataclass(kw_only=True)
 class SlotsConfig(Component):
     """Each expert has C slots per token group; what finds no slot is dropped (the residual stream goes on)."""
@@ -51,16 +51,20 @@ class SlotsConfig(Component):
     factor: float = setting(1.25, doc="capacity factor: C = factor * (choices per token) * (tokens of the group) / E", gt=0)
     choices: int | None = setting(None, doc="choices per token in that formula; default: the router's K. GLaM 1 with factor 2", ge=1)
     tokens: int | None = setting(None, doc="fixed C in tokens, instead of the formula", ge=1)
-    round: Literal["up", "down"] = setting("up", doc="rounding of C to an integer")
-    multiple: int = setting(1, doc="C is rounded up to a multiple of this; GLaM 4", ge=1)
+    round: Literal["up", "down", "per_choice"] = setting(
+        "up", doc="rounding of C to an integer; per_choice: C = choices * floor(factor * ceil(tokens / E)) (Tutel, fairseq)"
+    )
+    minimum: int = setting(1, doc="C is at least this; DeepSpeed 4", ge=1)
+    multiple: int = setting(1, doc="C is rounded up to a multiple of this, e.g. of the chunks of a pipeline; GLaM 4", ge=1)
     scope: Literal["sequence", "rank"] = setting(
         "sequence", doc="token group: each sequence, or the rank's micro-batch (depends on the layout)"
     )
     num_groups: int = setting(1, doc="with scope=rank: equal groups that the rank's tokens are cut into", ge=1)
-    priority: Literal["position", "probability", "first_probability"] = setting(
+    priority: Literal["position", "probability", "first_probability", "token", "random"] = setting(
         "position",
         doc="who gets the slots: first choices before second ones, each in token order; largest weights; "
-        "first choices before second ones, each by the token's best probability (batch-prioritised)",
+        "first choices before second ones, each by the token's best probability (batch-prioritised); "
+        "token order, whichever choice it is; largest random draws (random token selection, also in evaluation)",
     )
     renormalise: bool = setting(False, doc="divide the kept weights of a token by their sum (normalise after dropping)")
     evaluation: Literal["same", "none"] = setting("same", doc="capacity during evaluation and generation")
@@ -89,9 +93,14 @@ class Slots(Capacity):
         elif config.tokens is not None:
             slots = config.tokens
         else:
-            exact = config.factor * (config.choices or top_k) * group_size / num_experts
-            slots = math.ceil(exact) if config.round == "up" else int(exact)
-        return max(1, math.ceil(slots / config.multiple)) * config.multiple
+            choices = config.choices or top_k
+            exact = config.factor * choices * group_size / num_experts
+            slots = {
+                "up": math.ceil(exact),
+                "down": int(exact),
+                "per_choice": choices * int(config.factor * math.ceil(group_size / num_experts)),
+            }[config.round]
+        return math.ceil(max(slots, config.minimum) / config.multiple) * config.multiple
 
     def forward(self, routing: Routing, ctx: RouterContext) -> Routing:
         config = self.config
@@ -99,7 +108,7 @@ class Slots(Capacity):
             return routing
         groups = ctx.batch_size if config.scope == "sequence" else config.num_groups
         group_size = max(1, routing.num_tokens // groups)  # decoding runs one token at a time
-        kept = ctx.once("capacity", lambda: self.kept(routing, group_size=group_size, training=ctx.training))
+        kept = ctx.once("capacity", lambda: self.kept(routing, ctx, group_size=group_size))
         weight = None
         if config.renormalise:
             weight = torch.where(kept, routing.weight, 0.0)
@@ -107,25 +116,35 @@ class Slots(Capacity):
             weight = weight / total.clamp_min(torch.finfo(weight.dtype).eps)[routing.token]
         return routing.keep(kept, weight)
 
-    def kept(self, routing: Routing, *, group_size: int, training: bool) -> Tensor:
-        """[N] bool: entries that get a slot. PAD entries do not."""
+    def kept(self, routing: Routing, ctx: RouterContext, *, group_size: int) -> Tensor:
+        """[N] bool: entries that get a slot. PAD entries do not; zero-computation experts need none."""
         experts = routing.num_experts
         real = (routing.expert != PAD) & (routing.expert < experts)
         choices = routing.top_k or max(1, round(routing.expert.numel() / max(1, routing.num_tokens)))
-        slots = self.capacity(group_size, choices, experts, training=training)
-        # one queue per (group, expert), entries in order of priority within it
-        queue = torch.where(real, (routing.token // group_size) * experts + routing.expert, -1)
-        return (real & (place_in_queue(queue, self.priority(routing)) < slots)) | (routing.expert >= experts)
+        slots = self.capacity(group_size, choices, experts, training=ctx.training)
+        return (real & (self.places(routing, ctx, group_size=group_size) < slots)) | (routing.expert >= experts)
 
-    def priority(self, routing: Routing) -> Tensor:
+    def places(self, routing: Routing, ctx: RouterContext, *, group_size: int) -> Tensor:
+        """[N] int64: how many entries for the same expert and group are served before each entry."""
+        experts = routing.num_experts
+        real = (routing.expert != PAD) & (routing.expert < experts)
+        queue = torch.where(real, (routing.token // group_size) * experts + routing.expert, -1)
+        return place_in_queue(queue, self.priority(routing, ctx))
+
+    def priority(self, routing: Routing, ctx: RouterContext) -> Tensor:
         """Permutation [N] of the entries, those served first in front. Ties keep the token order."""
-        order = torch.arange(routing.token.numel(), device=routing.token.device)
-        if self.config.priority == "probability":
-            return order[routing.weight[order].argsort(descending=True, stable=True)]
-        if self.config.priority == "first_probability":
+        token, kind = routing.token, self.config.priority
+        if kind == "token":
+            return token.argsort(stable=True)
+        if kind == "probability":
+            return routing.weight.argsort(descending=True, stable=True)
+        if kind == "random":
+            draws = ctx.uniform("random_token_selection", routing.selected.numel(), device=token.device)
+            return draws[token, routing.expert.clamp_min(0)].argsort(descending=True, stable=True)
+        order = torch.arange(token.numel(), device=token.device)
+        if kind == "first_probability":
             assert routing.probs is not None, "batch-prioritised routing needs the router's probabilities"
-            best = routing.probs.max(dim=1).values
-            order = order[best[routing.token[order]].argsort(descending=True, stable=True)]
+            order = routing.probs.max(dim=1).values[token].argsort(descending=True, stable=True)
         return order[routing.slot[order].argsort(stable=True)]
 
 

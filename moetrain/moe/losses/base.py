@@ -25,6 +25,21 @@ class Loss(nn.Module):
         raise NotImplementedError
 
 
+def sum_by_group(values: Tensor, ctx: RouterContext, scope: Scope, num_groups: int = 1) -> Tensor:
+    """[G, E] sums of values [T, E] over the valid tokens of each token group of a scope, see :class:`GroupSums`."""
+    groups = ctx.batch_size if scope == "sequence" else num_groups
+    values = values if ctx.valid is None else values * ctx.valid[:, None]
+    tokens, experts = values.shape
+    return ctx.reduce(values.view(groups, tokens // groups, experts).sum(1), scope)
+
+
+def mean_over_tokens(values: Tensor, ctx: RouterContext) -> Tensor:
+    """Mean of values [T] over the valid tokens; zero (with gradient) if there are none."""
+    if ctx.valid is None:
+        return values.mean()
+    return torch.where(ctx.valid, values, 0.0).sum() / ctx.valid.sum().clamp_min(1)
+
+
 class GroupSums:
     """Per token group g of a scope: choices per expert and summed probabilities.
 
@@ -44,22 +59,21 @@ class GroupSums:
         num_groups: int = 1,
     ) -> None:
         assert routing.probs is not None, "this loss needs the router's probabilities"
-        probs = routing.probs if ctx.valid is None else routing.probs * ctx.valid[:, None]
         expert = routing.expert if expert is None else expert
         token = routing.token if token is None else token
-        num_tokens, experts = probs.shape
+        num_tokens, experts = routing.probs.shape
         self.num_groups = ctx.batch_size if scope == "sequence" else num_groups
         size = num_tokens // self.num_groups
         real = expert != PAD
         index = torch.where(real, (token // size) * experts + expert, self.num_groups * experts)
         counts = torch.bincount(index, minlength=self.num_groups * experts + 1)[:-1]
         if ctx.valid is None:
-            tokens = torch.full((self.num_groups,), size, device=probs.device)
+            tokens = torch.full((self.num_groups,), size, device=expert.device)
         else:
             tokens = ctx.valid.view(self.num_groups, size).sum(1)
-        self.counts = ctx.reduce(counts.view(self.num_groups, experts).to(probs.dtype), scope)
-        self.probs = ctx.reduce(probs.view(self.num_groups, size, experts).sum(1), scope)
-        self.tokens = ctx.reduce(tokens.to(probs.dtype), scope)
+        self.counts = ctx.reduce(counts.view(self.num_groups, experts).to(routing.probs.dtype), scope)
+        self.probs = sum_by_group(routing.probs, ctx, scope, num_groups)
+        self.tokens = ctx.reduce(tokens.to(routing.probs.dtype), scope)
 
     def mean_over_groups(self, values: Tensor) -> Tensor:
         """Mean of values [G] over the groups that have valid tokens; zero (with gradient) if none has."""

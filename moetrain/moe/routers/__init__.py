@@ -1,6 +1,34 @@
 """Routers: tokens -> Routing."""
 
-from moetrain.moe.routers import topk
+from moetrain.moe.routers import (
+    assignment,
+    comet,
+    cosine,
+    dense_to_sparse,
+    dselect,
+    expert_choice,
+    hashing,
+    moduleformer,
+    noisy,
+    sparsemixer,
+    stochastic,
+    topk,
+)
 from moetrain.moe.routers.base import LinearRouter, Router
 
-__all__ = ["LinearRouter", "Router", "topk"]
+__all__ = [
+    "LinearRouter",
+    "Router",
+    "assignment",
+    "comet",
+    "cosine",
+    "dense_to_sparse",
+    "dselect",
+    "expert_choice",
+    "hashing",
+    "moduleformer",
+    "noisy",
+    "sparsemixer",
+    "stochastic",
+    "topk",
+]

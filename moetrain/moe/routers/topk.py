@@ -1,8 +1,9 @@
 """The top-k router: one pipeline that covers the linear routers of the public models.
 
-score -> (selection bias) -> (group limit) -> top-k -> weights -> (renormalise) -> scale. Sources: Switch
-(2101.03961), GShard (2006.16668), DeepSeekMoE (2401.06066 eq. 9-11), DeepSeek-V2 (2405.04434 section 2.2.2),
-DeepSeek-V3 (2412.19437 eq. 12-16), and the models named in ``configs/router``.
+(noise) -> score -> (selection bias) -> (group limit) -> top-k or sampling -> weights -> (renormalise) -> scale.
+Sources: Switch (2101.03961), GShard (2006.16668), DeepSpeed-MoE (2201.05596), Tutel (2206.03382), DeepSeekMoE
+(2401.06066 eq. 9-11), DeepSeek-V2 (2405.04434 section 2.2.2), DeepSeek-V3 (2412.19437 eq. 12-16), and the models
+named in ``configs/router``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from moetrain.errors import Problem
 from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
+from moetrain.moe.schedules import TopKSchedule, scheduled_top_k
+from moetrain.ops import noise
 from moetrain.registry import register
 
 LINEAR_BELOW = -40.0
@@ -34,6 +37,11 @@ class TopKRouterConfig(Component):
     """Linear router: each token takes its K best experts."""
 
     top_k: int = setting(doc="experts per token", ge=1, follows="model.top_k")
+    top_k_start: int | None = setting(None, doc="experts per token in the first step, on the way to top_k; default: top_k", ge=1)
+    top_k_schedule: TopKSchedule = setting("linear", doc="the way from top_k_start to top_k (SMoE-Dropout); step: doubled or halved")
+    trained: bool = setting(True, doc="false: random weights that stay as they are (SMoE-Dropout)")
+    trained_from: float = setting(0.0, doc="part of training after which the router is trained; frozen before", ge=0, lt=1)
+    trained_until: float = setting(1.0, doc="part of training after which the router is frozen", gt=0, le=1)
     score: Score = setting("softmax", doc="affinity from the logits; softmax is over all experts")
     selected_softmax: bool = setting(False, doc="weights are the softmax over the K selected scores (GPT-OSS, Granite, JetMoE)")
     renormalise: bool = setting(False, doc="divide the K weights of a token by their sum")
@@ -49,59 +57,105 @@ class TopKRouterConfig(Component):
     num_zero_experts: int = setting(0, doc="extra columns for zero-computation identity experts (Longcat-Flash)", ge=0)
     jitter: float = setting(0.0, doc="training: the router's input is multiplied by U[1-jitter, 1+jitter] (Switch 0.01)", ge=0, lt=1)
     logit_soft_cap: float = setting(0.0, doc="cap * tanh(logits / cap); 0: off", ge=0)
+    logit_noise: float = setting(0.0, doc="training: normal noise of deviation logit_noise / E on the logits (Tutel gate_noise 1)", ge=0)
+    sampling: Literal["none", "later", "all"] = setting(
+        "none",
+        doc="training: choices are the best of logits plus Gumbel noise; later: all but the first (DeepSpeed's and GShard's "
+        "second expert); all: the first too (DeepSpeed's RSample). Weights are without that noise",
+    )
 
     def problems(self, path: str) -> Iterable[Problem]:
+        if self.trained_from >= self.trained_until:
+            yield Problem(f"{path}.trained_from", self.trained_from, f"must be < {path}.trained_until ({self.trained_until})")
+        if not self.trained and (self.trained_from > 0 or self.trained_until < 1):
+            yield Problem(f"{path}.trained", False, f"needs {path}.trained_from=0 and {path}.trained_until=1: it is never trained")
         if self.groups_per_token > self.num_groups:
             yield Problem(f"{path}.groups_per_token", self.groups_per_token, f"must be <= {path}.num_groups ({self.num_groups})")
         if self.bias_update_rate and not self.selection_bias:
             yield Problem(f"{path}.bias_update_rate", self.bias_update_rate, f"needs {path}.selection_bias=true, or it updates nothing")
         if self.selected_softmax and (self.score != "logit" or self.renormalise):
             yield Problem(f"{path}.selected_softmax", True, f"needs {path}.score=logit and {path}.renormalise=false: it already normalises")
+        if self.sampling != "none" and (self.score not in ("softmax", "logit") or self.selection_bias or self.num_groups > 1):
+            needs = f"needs {path}.score=softmax or logit, no selection_bias and {path}.num_groups=1"
+            yield Problem(f"{path}.sampling", self.sampling, needs)
+        if self.sampling == "later" and self.top_k < 2:
+            yield Problem(f"{path}.sampling", self.sampling, f"needs {path}.top_k >= 2: the first choice is not sampled")
 
     def check(self, path: str, *, num_experts: int) -> Iterable[Problem]:
         """Rules that involve the number of experts."""
         columns = num_experts + self.num_zero_experts
+        if self.top_k_start is not None and self.top_k_start > columns:
+            yield Problem(f"{path}.top_k_start", self.top_k_start, f"must be <= the {columns} experts")
         if columns % self.num_groups:
             yield Problem(f"{path}.num_groups", self.num_groups, f"must divide the {columns} experts")
             return
         size = columns // self.num_groups
-        if self.num_groups > 1 and self.groups_per_token * size < self.top_k:
-            allowed = self.groups_per_token * size
-            yield Problem(f"{path}.top_k", self.top_k, f"must be <= the {allowed} experts in {self.groups_per_token} groups of {size}")
+        allowed = self.groups_per_token * size
+        for name, top_k in (("top_k", self.top_k), ("top_k_start", self.top_k_start or 1)):
+            if self.num_groups > 1 and allowed < top_k:
+                yield Problem(f"{path}.{name}", top_k, f"must be <= the {allowed} experts in {self.groups_per_token} groups of {size}")
         if self.num_groups > 1 and self.group_score_experts > size:
             yield Problem(f"{path}.group_score_experts", self.group_score_experts, f"must be <= the {size} experts of a group")
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Names that a routing has in ``aux`` in training."""
+        return frozenset({"clean_logits", "noise_std"} if self.logit_noise else ())
 
     def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopKRouter:
         return TopKRouter(self, hidden_size, num_experts, dtype=dtype)
 
 
 class TopKRouter(LinearRouter):
-    """See the module's docstring. Selection bias is a buffer [E'], float32, never touched by the optimizer."""
+    """See the module's docstring. Selection bias is a buffer [E'], float32, never touched by the optimizer.
+
+    top_k: experts per token at present; a schedule moves it, and evaluation may set it.
+    """
 
     selection_bias: Tensor | None
+    top_k: int
 
     def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
         columns = num_experts + config.num_zero_experts
-        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, dtype=dtype)
+        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, trained=config.trained, dtype=dtype)
         self.config = config
+        self.top_k = config.top_k
         buffer = torch.zeros(columns, dtype=torch.promote_types(dtype, torch.float32)) if config.selection_bias else None
         self.register_buffer("selection_bias", buffer)
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
         if self.config.jitter and ctx.training:
-            noise = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-            x = x * (1 + self.config.jitter * (2 * noise - 1))
-        return self.route(self.logits(x), ctx)
+            draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            x = x * (1 + self.config.jitter * (2 * draws - 1))
+        return self.route(self.logits(x), ctx, noise_std=self.noise_std(x) if ctx.training else None)
 
-    def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
-        """logits: [T, E'] in at least float32 -> Routing."""
+    def noise_std(self, x: Tensor) -> Tensor | None:
+        """[T, E'] deviations of the noise on the logits of x [T, D] if they are learned, else None."""
+        return None
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Experts per token of this step, and whether the router is trained in it."""
+        config = self.config
+        if config.top_k_start is not None:
+            self.top_k = scheduled_top_k(config.top_k_start, config.top_k, step, total_steps, config.top_k_schedule)
+        self.frozen = not config.trained_from * total_steps <= step < config.trained_until * total_steps
+
+    def route(self, logits: Tensor, ctx: RouterContext, noise_std: Tensor | None = None) -> Routing:
+        """logits: [T, E'] in at least float32 -> Routing. noise_std: deviations of their noise in training [T, E'];
+        default: logit_noise / E' for all."""
         config = self.config
         if config.logit_soft_cap:
             logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
+        aux = {}
+        if noise_std is None and config.logit_noise:
+            noise_std = torch.tensor(config.logit_noise / self.num_columns, dtype=logits.dtype, device=logits.device)
+        if noise_std is not None and ctx.training:
+            aux = {"clean_logits": logits, "noise_std": noise_std}
+            logits = logits + noise_std * noise.normal(self.draws("logit_noise", logits, ctx)).to(logits.dtype)
         probs = distribution(logits, config.score)
         scores = probs if config.score == "softmax" else score(logits, config.score)
-        index = ctx.once("select", lambda: self.select(scores.detach()))
+        index = ctx.once("select", lambda: self.choose(logits.detach(), scores.detach(), ctx))
         weight = scores.gather(1, index)
         if config.selected_softmax:
             weight = torch.softmax(weight, dim=1)
@@ -111,8 +165,21 @@ class TopKRouter(LinearRouter):
         if config.scale != 1.0:
             weight = weight * config.scale
         return fixed_routing(
-            index, weight, num_experts=self.num_experts, num_columns=self.num_columns, logits=logits, probs=probs, valid=ctx.valid
+            index,
+            weight,
+            num_experts=self.num_experts,
+            num_columns=self.num_columns,
+            logits=logits,
+            probs=probs,
+            valid=ctx.valid,
+            aux=aux,
         )
+
+    def choose(self, logits: Tensor, scores: Tensor, ctx: RouterContext) -> Tensor:
+        """Indices [T, K] of the chosen experts. logits, scores: [T, E'] without gradient."""
+        if self.config.sampling != "none" and ctx.training:
+            return self.sample(logits, ctx)
+        return self.select(scores)
 
     def select(self, scores: Tensor) -> Tensor:
         """Indices [T, K] of the chosen experts, best first. scores: [T, E'] without gradient."""
@@ -121,7 +188,20 @@ class TopKRouter(LinearRouter):
             scores = scores + self.selection_bias.to(scores.dtype)
         if config.num_groups > 1:
             scores = limit_groups(scores, config.num_groups, config.groups_per_token, config.group_score_experts)
-        return scores.topk(config.top_k, dim=1).indices
+        return scores.topk(self.top_k, dim=1).indices
+
+    def sample(self, logits: Tensor, ctx: RouterContext) -> Tensor:
+        """Indices [T, K] drawn without replacement with the softmax's probabilities; the best is first if ``later``."""
+        noisy = logits + noise.gumbel(self.draws("sampling", logits, ctx))
+        if self.config.sampling == "all":
+            return noisy.topk(self.top_k, dim=1).indices
+        first = logits.argmax(dim=1, keepdim=True)
+        later = noisy.scatter(1, first, -torch.inf).topk(self.top_k - 1, dim=1).indices
+        return torch.cat([first, later], dim=1)
+
+    def draws(self, site: str, logits: Tensor, ctx: RouterContext) -> Tensor:
+        """[T, E'] float64 uniform draws, one per logit: both tails of the noise need more digits than float32 has."""
+        return ctx.uniform(site, logits.shape[1], dtype=torch.float64, device=logits.device)
 
     @torch.no_grad()
     def end_step(self, statistics: LayerStatistics) -> None:

@@ -53,7 +53,10 @@ def test_dropless_is_the_routing_itself() -> None:
     assert DroplessConfig().build()(routing, context()) is routing
 
 
-@pytest.mark.parametrize("priority", ["position", "probability", "first_probability"])
+PRIORITIES = ["position", "probability", "first_probability", "token", "random"]
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("scope", ["sequence", "rank"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 100])
@@ -68,15 +71,18 @@ def test_exactly_what_exceeds_the_slots_is_dropped(slots: int, padded: bool, sco
     assert bool((executed.weight[dropped] == 0).all()) and torch.equal(executed.weight[~dropped], routing.weight[~dropped])
 
 
-@pytest.mark.parametrize("priority", ["position", "probability", "first_probability"])
+@pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("groups", [1, 3, 6])
 def test_who_is_served_first(groups: int, priority: str) -> None:
     routing = make_routing(4)
     best = routing.probs.max(1).values
+    draws = context().uniform("random_token_selection", E)
     keys = {
         "position": lambda n: (int(routing.slot[n]), int(routing.token[n])),
         "probability": lambda n: (-float(routing.weight[n]), n),
         "first_probability": lambda n: (int(routing.slot[n]), -float(best[routing.token[n]])),
+        "token": lambda n: (int(routing.token[n]), n),
+        "random": lambda n: -float(draws[routing.token[n], routing.expert[n]]),
     }
     order = sorted(range(routing.expert.numel()), key=keys[priority])
     executed = SlotsConfig(tokens=2, scope="rank", num_groups=groups, priority=priority).build()(routing, context())
@@ -113,6 +119,12 @@ def test_sequence_scope_does_not_depend_on_the_cut_of_the_batch() -> None:
         ({"factor": 1.0, "multiple": 8}, 10, 8),
         ({"tokens": 3}, 10, 3),
         ({"tokens": 3, "multiple": 2}, 10, 4),
+        ({"factor": 1.0, "minimum": 4}, 10, 4),
+        ({"factor": 1.0, "minimum": 5}, 10, 5),
+        ({"factor": 1.0, "minimum": 5, "multiple": 4}, 10, 8),
+        ({"factor": 1.3, "round": "per_choice"}, 11, 6),  # 2 * int(1.3 * 3); together 5.7
+        ({"factor": 1.3, "round": "per_choice", "choices": 1}, 11, 3),
+        ({"factor": 0.1, "round": "per_choice"}, 10, 1),
         ({"factor": 0.75, "choices": 1, "round": "down", "multiple": 4}, 25, 4),  # GLaM: 3.75 -> 3 -> 4
     ],
 )
@@ -220,3 +232,54 @@ def test_decoding_one_token_with_groups_of_a_rank_drops_nothing():
     routing = fixed_routing(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]]), num_experts=E)
     policy = SlotsConfig(scope="rank", num_groups=2).build()
     assert policy(routing, context(1, 1, training=False)).dispatched.sum() == 2
+
+
+def random_slots(**settings: Any) -> Any:
+    return SlotsConfig(priority="random", **settings).build()
+
+
+def test_random_token_selection_is_fair_to_all_positions() -> None:
+    """Half of the tokens find a slot, at each position about as often; position priority keeps the first half."""
+    sequences = 400
+    expert = torch.zeros(sequences * S, 1, dtype=torch.int64)
+    routing = fixed_routing(expert, torch.ones(sequences * S, 1), num_experts=1)
+    kept = {
+        name: (SlotsConfig(tokens=S // 2, priority=name).build()(routing, context(sequences)).expert != PAD).view(-1, S).sum(0)
+        for name in ("random", "position")
+    }
+    assert kept["position"].tolist() == [sequences] * (S // 2) + [0] * (S // 2)
+    assert int(kept["random"].sum()) == sequences * S // 2
+    assert float((kept["random"] - sequences / 2).abs().max()) < 40  # 4 standard deviations
+
+
+def test_random_token_selection_changes_with_the_step_and_not_with_the_cut_of_the_batch() -> None:
+    routing, policy = make_routing(), random_slots(tokens=2)
+    whole = policy(routing, context(sample=torch.arange(B)))
+    assert not torch.equal(whole.expert, policy(routing, context(sample=torch.arange(B), step=1)).expert)
+    for row in range(B):
+        entries = slice(row * S * K, (row + 1) * S * K)
+        alone = fixed_routing(routing.expert[entries].view(S, K), routing.weight[entries].view(S, K), num_experts=E)
+        assert torch.equal(policy(alone, context(batch=1, sample=torch.tensor([row]))).expert, whole.expert[entries])
+
+
+def test_random_token_selection_draws_per_choice_and_spares_zero_computation_experts() -> None:
+    valid = torch.arange(B * S) % 4 != 1
+    routing = make_routing(columns=E + 2, valid=valid)
+    executed = random_slots(tokens=1, scope="rank")(routing, context(valid=valid))
+    assert torch.equal(executed.dispatched[E:], routing.selected[E:]) and int(executed.dispatched[:E].max()) == 1
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_a_pass_that_recomputes_does_not_draw_again(priority: str) -> None:
+    ctx, policy, routing = context(), SlotsConfig(tokens=2, priority=priority).build(), make_routing()
+    first = policy(routing, ctx)
+    ctx.forward.recomputing, ctx.forward.step = True, 5
+    assert torch.equal(policy(routing, ctx).expert, first.expert)
+
+
+def test_places_number_the_entries_of_each_expert_from_zero() -> None:
+    routing, policy = make_routing(), SlotsConfig(scope="sequence").build()
+    places = policy.places(routing, context(), group_size=S)
+    for queue in {(int(t) // S, int(e)) for t, e in zip(routing.token, routing.expert, strict=True)}:
+        mine = (routing.token // S == queue[0]) & (routing.expert == queue[1])
+        assert sorted(places[mine].tolist()) == list(range(int(mine.sum())))

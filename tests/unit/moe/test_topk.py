@@ -34,6 +34,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero experts": {"num_zero_experts": 4, "selection_bias": True},
     "soft cap": {"logit_soft_cap": 2.0, "renormalise": True},
 }
+DRAWN: dict[str, dict[str, Any]] = {
+    "noisy": {"logit_noise": 4.0, "renormalise": True},
+    "sampled": {"sampling": "all", "renormalise": True},
+    "sampled later": {"sampling": "later", "score": "logit", "selected_softmax": True},
+}
+"""Noise belongs to a column, so these are not indifferent to the experts' names."""
 
 
 def make(dtype: torch.dtype = torch.float64, *, seed: int = 0, **kwargs: Any) -> TopKRouter:
@@ -54,7 +60,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(T, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("settings", (SETTINGS | DRAWN).values(), ids=(SETTINGS | DRAWN).keys())
 def test_properties(settings: dict[str, Any]) -> None:
     router = make(**settings)
     routing = router(inputs(), context())
@@ -207,6 +213,9 @@ def test_probabilities_are_the_normalised_scores(kind: str) -> None:
         ({"top_k": 2, "bias_update_rate": 0.1}, r"router\.bias_update_rate.*needs router\.selection_bias=true"),
         ({"top_k": 2, "selected_softmax": True}, r"router\.selected_softmax.*router\.score=logit"),
         ({"top_k": 0}, r"router\.top_k.*0.*>= 1"),
+        ({"top_k": 2, "sampling": "all", "score": "sigmoid"}, r"router\.sampling.*'all'.*needs router\.score=softmax or logit"),
+        ({"top_k": 2, "sampling": "later", "selection_bias": True}, r"router\.sampling.*no selection_bias"),
+        ({"top_k": 1, "sampling": "later"}, r"router\.sampling.*needs router\.top_k >= 2"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(data: dict[str, Any], message: str) -> None:
@@ -233,3 +242,63 @@ def test_scores_and_their_gradients_are_finite_for_extreme_logits(dtype):
         logits = torch.tensor([[-500.0, -200.0, -41.0, -39.0, 0.0, 50.0, 500.0]], dtype=dtype, requires_grad=True)
         (score(logits, kind).sum() + distribution(logits, kind)[0, 0]).backward()
         assert torch.isfinite(logits.grad).all(), kind
+
+
+DRAWS = 20_000
+
+
+def one_token_many_times(logits: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Choices and weights, each [DRAWS, K], of a token with these logits at as many positions."""
+    router = TopKRouterConfig(**{"top_k": K, **settings}).build(1, logits.numel(), dtype=torch.float64)
+    routing = router.route(logits.repeat(DRAWS, 1), context(batch_size=DRAWS // 100, seq_len=100))
+    return routing.expert_TK, routing.weight_TK
+
+
+def test_sampled_choices_have_the_probabilities_of_the_softmax_and_their_weights() -> None:
+    probs = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
+    chosen, weight = one_token_many_times(probs.log(), sampling="all", top_k=2)
+    frequency = torch.bincount(chosen[:, 0], minlength=4) / DRAWS
+    assert float((frequency - probs).abs().max()) < 0.015  # 4 standard deviations
+    after_first = torch.bincount(chosen[chosen[:, 0] == 0, 1], minlength=4).double()
+    assert float((after_first / after_first.sum() - torch.tensor([0, 0.5, 0.3, 0.2])).abs().max()) < 0.02
+    assert_close(weight, probs[chosen], "layout")
+
+
+def test_sampling_of_later_choices_keeps_the_best_one_first() -> None:
+    probs = torch.tensor([0.25, 0.5, 0.15, 0.1], dtype=torch.float64)
+    chosen, weight = one_token_many_times(probs.log(), sampling="later", top_k=3)
+    assert bool((chosen[:, 0] == 1).all()) and all(len(set(row)) == 3 for row in chosen[:100].tolist())
+    second = torch.bincount(chosen[:, 1], minlength=4) / DRAWS
+    assert float((second - torch.tensor([0.5, 0, 0.3, 0.2])).abs().max()) < 0.015
+    assert_close(weight, probs[chosen], "layout")
+
+
+@pytest.mark.parametrize("settings", [{"sampling": "all"}, {"sampling": "later"}, {"logit_noise": 5.0}], ids=str)
+def test_noise_is_for_training_and_belongs_to_a_token_not_to_its_place_in_the_batch(settings: dict[str, Any]) -> None:
+    noisy, plain = make(**settings), make()
+    assert torch.equal(noisy(inputs(), context(training=False)).expert, plain(inputs(), context()).expert)
+    whole = noisy(inputs(), context(sample=torch.tensor([3, 8])))
+    assert not torch.equal(whole.expert, plain(inputs(), context()).expert)
+    second = noisy(inputs()[T // 2 :], context(batch_size=1, sample=torch.tensor([8])))
+    assert torch.equal(second.expert_TK, whole.expert_TK[T // 2 :])
+    assert_close(second.weight_TK, whole.weight_TK[T // 2 :], "layout")
+
+
+def test_a_recomputed_pass_takes_the_sampled_choices_again() -> None:
+    router, ctx = make(sampling="all"), context()
+    first = router(inputs(), ctx)
+    ctx.forward.recomputing = True
+    assert torch.equal(router(inputs() + 1e-9, ctx).expert, first.expert)
+
+
+def test_logit_noise_has_the_stated_deviation_and_leaves_the_clean_logits_to_losses() -> None:
+    router = make(logit_noise=3.0)
+    assert router.config.provides == {"clean_logits", "noise_std"} and not make().config.provides
+    routing = router(inputs(), context())
+    clean = make()(inputs(), context())
+    assert_close(routing.aux["clean_logits"], clean.logits, "exact")
+    noise = (routing.logits - routing.aux["clean_logits"]) / (3.0 / E)
+    assert float(routing.aux["noise_std"]) == 3.0 / E
+    assert abs(float(noise.mean())) < 0.2 and abs(float(noise.std()) - 1) < 0.15  # 480 draws
+    assert_close(routing.probs, routing.logits.softmax(1), "layout")
+    assert not router(inputs(), context(training=False)).aux

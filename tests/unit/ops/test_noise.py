@@ -49,3 +49,10 @@ def test_texts_hash_the_same_in_every_process() -> None:
     assert noise.hash_text("0/layers.3.ffn") == 6578260876750703462
     assert noise.hash_text("a") != noise.hash_text("b")
     assert all(0 <= noise.hash_text(str(i)) < 1 << 63 and noise.hash_text(str(i), bits=32) < 1 << 32 for i in range(100))
+
+
+@pytest.mark.parametrize(("transform", "mean", "variance"), [(noise.normal, 0.0, 1.0), (noise.gumbel, 0.5772156649, torch.pi**2 / 6)])
+def test_transformed_draws_have_the_moments_of_their_distribution(transform, mean: float, variance: float) -> None:
+    values = transform(noise.uniform(torch.arange(20_000), 10, torch.float64))
+    assert abs(float(values.mean()) - mean) < 0.015 and abs(float(values.var()) - variance) < 0.05
+    assert bool(transform(torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).isfinite().all())
