@@ -175,7 +175,8 @@ def train_steps(
             gradients = {name: p.grad for name, p in placed.parameters() if p.grad is not None}
             outcome.gradients = full({n: t for name, gradient in gradients.items() for n, t in placed.logical(name, gradient)})
             for batch, x in zip(training.batches(step), training.outputs, strict=True):
-                outcome.outputs |= {f"sequence.{i}": y for i, y in zip(batch.sample.tolist(), x.view(*batch.tokens.shape, -1), strict=True)}
+                first = x.view(-1, *batch.tokens.shape, x.shape[-1])[0]  # of the passes, if the objective has several
+                outcome.outputs |= {f"sequence.{i}": y for i, y in zip(batch.sample.tolist(), first, strict=True)}
         outcome.norms.append(training.update(step, result))
         outcome.losses.append(result.loss)
         outcome.totals.append(result.loss_total)
