@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from moetrain.parallel.layouts import FSSDPSettings, Layout
-from moetrain.registry import lookup
 from moetrain.models.deepseek_moe import DeepSeekMoEConfig
 from moetrain.moe.layer import MoEParts
+from moetrain.parallel.layouts import FSSDPSettings, Layout
+from moetrain.registry import lookup
 from moetrain.testing.distributed import run_distributed
 from moetrain.testing.layouts import Scenario
 from moetrain.testing.memory import Memory, measure
@@ -79,11 +79,13 @@ def markdown(measured: dict[str, list[Memory]]) -> str:
         f"Largest of {RANKS} ranks, MB = 10^6 bytes; experts of the whole model with gradients and moments: {state:.0f} MB, "
         f"a quarter of it {state / RANKS:.0f} MB, one expert's parameters {EXPERT_BYTES / MB:.2f} MB.",
         "",
-        "| layout | experts: parameters, gradients, moments | copies at their peak | allocated at the peak | end of forward | resident at the peak |",
+        "| layout | experts: parameters, gradients, moments | copies at their peak | allocated, peak | end of forward | resident, peak |",
         "|---|---|---|---|---|---|",
     ]
     for name, memories in measured.items():
-        largest = [max(getattr(m, field) for m in memories) / MB for field in ("experts", "copies", "allocated", "after_forward", "resident")]
+        largest = [
+            max(getattr(m, field) for m in memories) / MB for field in ("experts", "copies", "allocated", "after_forward", "resident")
+        ]
         lines.append(f"| {name} | {' | '.join(f'{size:.0f}' for size in largest)} |")
     return "\n".join(lines)
 
