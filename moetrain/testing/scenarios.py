@@ -83,6 +83,15 @@ def ragged(**scenario: Any) -> Scenario:
     return made
 
 
+def top_p(**scenario: Any) -> Scenario:
+    """Top-p routing with the losses of its paper."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "top_p")(threshold=0.5)
+    balance = lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step", normalisation="per_token")
+    made.parts.loss = {"balance": balance, "entropy": lookup("loss", "entropy")(coefficient=0.1)}
+    return made
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -98,6 +107,7 @@ SCENARIOS = {
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
+    "top_p": top_p(pad=True),
 }
 
 

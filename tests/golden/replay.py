@@ -55,3 +55,9 @@ def place_map(routing, place, capacity):
     index = (routing.token[real], routing.expert[real], place[real])
     shape = (routing.num_tokens, routing.selected.numel(), capacity)
     return torch.zeros(shape, dtype=routing.weight.dtype).index_put(index, routing.weight[real])
+
+
+def stack_experts(data, prefix, experts, names):
+    """(w_in, w_out) of FFNExperts from ``<prefix>.<expert>.<name>.weight``; names: of the gate, up and down matrices."""
+    gate, up, down = ([data[f"{prefix}.{e}.{name}.weight"] for e in experts] for name in names)
+    return torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)]), torch.stack(down)

@@ -59,7 +59,7 @@ class SwitchBalance(Loss):
 @register("loss", "expert_balance", source="DeepSeekMoE 2401.06066 eq. 12-14, DeepSeek-V3 2412.19437 eq. 17-20, Qwen 2501.11873")
 @dataclass(kw_only=True)
 class ExpertBalanceConfig(Component):
-    """sum_e f_e P_e with f_e = E/(K T) * choices of e, all K choices counted; 1 at perfect balance."""
+    """sum_e f_e P_e with f_e = E * choices of e / all choices; 1 at perfect balance."""
 
     coefficient: float = setting(0.001, doc="weight; DeepSeekMoE 2B 0.01 and 16B 0.001, V3 1e-4", ge=0)
     scope: BalanceScope = setting("sequence", doc=_SCOPE_DOC)
@@ -67,7 +67,7 @@ class ExpertBalanceConfig(Component):
         "selected", doc="unbiased: the top-K by probability, without selection bias and group limit (V3)"
     )
     normalisation: Literal["per_choice", "per_token"] = setting(
-        "per_choice", doc="f relative to all T*K choices (value 1 at balance), or to the T tokens (value K; Mixtral in transformers)"
+        "per_choice", doc="f relative to all choices (value 1 at balance), or to the T tokens (value K; Mixtral in transformers)"
     )
 
     def build(self) -> ExpertBalance:
@@ -94,8 +94,8 @@ class ExpertBalance(Loss):
         if self.config.choices == "unbiased":
             expert, token = unbiased_choices(routing, ctx)
         sums = GroupSums(routing, ctx, self.scope, expert=expert, token=token)
-        per_token = routing.top_k if routing.top_k and self.config.normalisation == "per_choice" else 1
-        return sums.counts * sums.counts.shape[1] / (per_token * sums.tokens.clamp_min(1)[:, None]), sums
+        units = sums.counts.sum(1) if self.config.normalisation == "per_choice" else sums.tokens
+        return sums.counts * sums.counts.shape[1] / units.clamp_min(1)[:, None], sums
 
 
 def unbiased_choices(routing: Routing, ctx: RouterContext) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class DeviceBalance(Loss):
     def forward(self, routing: Routing, ctx: RouterContext) -> Tensor:
         sums = GroupSums(routing, ctx, self.scope)
         tokens = sums.tokens.clamp_min(1)[:, None]
-        fraction = sums.counts * sums.counts.shape[1] / ((routing.top_k or 1) * tokens)
+        fraction = sums.counts * sums.counts.shape[1] / sums.counts.sum(1).clamp_min(1)[:, None]
         by_device = lambda t: t.unflatten(1, (self.num_devices, -1))  # noqa: E731
         value = by_device(fraction).mean(2) * by_device(sums.probs / tokens).sum(2)
         return sums.mean_over_groups(value.sum(1))
