@@ -12,6 +12,7 @@ import moetrain.components  # noqa: F401
 from moetrain.models.deepseek_moe import DeepSeekMoEConfig
 from moetrain.models.glam import GLaMConfig
 from moetrain.moe.context import RouterContext
+from moetrain.moe.experts import ZeroExpertsConfig
 from moetrain.moe.layer import MoEParts
 from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, ragged_routing
@@ -92,6 +93,13 @@ def top_p(**scenario: Any) -> Scenario:
     return made
 
 
+def null_experts(**scenario: Any) -> Scenario:
+    """Null experts that take half of the choices: tokens with none to all of theirs computed."""
+    router = dict(renormalise=True, renormalise_null=False, zero_experts=ZeroExpertsConfig(num_null=6))
+    loss = {"balance": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step", pool_zero=True)}
+    return deepseek(top_k=3, router=router, loss=loss, **scenario)
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -99,7 +107,7 @@ SCENARIOS = {
     "fewer_experts_than_ranks": deepseek(num_experts=2),
     "global_balance": deepseek(loss=GLOBAL, pad=True),
     "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
-    "zero_experts": deepseek(router=dict(num_zero_experts=2)),
+    "zero_experts": deepseek(router=dict(zero_experts=ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1))),
     "all_to_one": deepseek(repeat_token=True),
     "recompute": deepseek(recompute=True, pad=True),
     "accumulate": deepseek(micro_batch_size=1),
@@ -108,6 +116,7 @@ SCENARIOS = {
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
     "top_p": top_p(pad=True),
+    "null_experts": null_experts(pad=True),
 }
 
 

@@ -24,8 +24,10 @@ class FlopCounter:
         self.dense_per_token = 0
         self.attention_width = 0
         for module in model.modules():
-            if isinstance(module, (Linear, LinearRouter)):
+            if isinstance(module, Linear):
                 self.dense_per_token += 2 * module.weight.numel()
+            elif isinstance(module, LinearRouter):
+                self.dense_per_token += 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
             elif isinstance(module, SoftmaxAttention):
                 self.attention_width += module.num_heads * module.head_dim
         if model.head is None:

@@ -108,8 +108,11 @@ class Config:
     def problems(self, path: str) -> Iterable[Problem]:
         """Rules across sections that hold for any number of ranks."""
         experts, top_k = self.experts.num_experts, getattr(self.router, "top_k", None)
-        if top_k is not None and top_k > experts:
-            yield Problem("router.top_k", top_k, f"must be <= experts.num_experts ({experts})")
+        zero_experts = getattr(self.router, "zero_experts", None)
+        columns = experts + (0 if zero_experts is None else zero_experts.count)
+        if top_k is not None and top_k > columns:
+            known = f"experts.num_experts ({experts})" if columns == experts else f"the {columns} experts and zero-computation experts"
+            yield Problem("router.top_k", top_k, f"must be <= {known}")
         if hasattr(self.router, "check"):
             yield from self.router.check("router", num_experts=experts)
         for name, loss in self.loss.items():

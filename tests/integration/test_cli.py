@@ -36,7 +36,7 @@ def test_overview_help_and_version(capsys):
         (["parallel=single", "launch.nproc_per_node=2"], "parallel = 'single'"),
         (["train.steps=[1"], "[1"),
         (["loss=null"], "list"),
-        (["router=longcat", "loss=[device_balance]", "loss.device_balance.num_devices=4"], "router.num_zero_experts=0"),
+        (["router=longcat", "loss=[device_balance]", "loss.device_balance.num_devices=4"], "router without zero_experts"),
         (["capacity=slots", "capacity.scope=rank", "capacity.num_groups=7"], "capacity.num_groups = 7: must divide"),
         (["data.tokenizer=missing.json"], "data.tokenizer = "),
     ],

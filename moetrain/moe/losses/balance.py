@@ -3,7 +3,7 @@
 They differ in what counts as a choice, over which tokens the means run and how f is normalised. All but
 ``normalisation=per_token`` are 1 at perfect balance. Sources: GShard (2006.16668), Switch (2101.03961 eq. 4-6),
 DeepSeekMoE (2401.06066 eq. 12-17), DeepSeek-V2 (2405.04434 eq. 23-31), DeepSeek-V3 (2412.19437 eq. 17-20),
-Qwen's global-batch loss (2501.11873).
+Qwen's global-batch loss (2501.11873), AdaMoE's of null experts (2406.13233).
 """
 
 from __future__ import annotations
@@ -70,10 +70,14 @@ class ExpertBalanceConfig(Component):
         "per_choice", doc="f relative to all choices (value 1 at balance), or to the T tokens (value K; Mixtral in transformers)"
     )
 
+    pool_zero: bool = setting(False, doc="zero-computation experts share the mean of their choices: only their total is balanced (AdaMoE)")
+
     def build(self) -> ExpertBalance:
         return ExpertBalance(self)
 
     def check(self, path: str, *, num_experts: int, router: Any) -> Iterable[Problem]:
+        if self.pool_zero and not _num_zero(router):
+            yield Problem(f"{path}.pool_zero", True, "needs a router with zero_experts")
         if self.choices == "unbiased" and getattr(router, "top_k", None) is None:
             yield Problem(f"{path}.choices", self.choices, "needs a router with a fixed top_k")
 
@@ -94,8 +98,12 @@ class ExpertBalance(Loss):
         if self.config.choices == "unbiased":
             expert, token = unbiased_choices(routing, ctx)
         sums = GroupSums(routing, ctx, self.scope, expert=expert, token=token)
-        units = sums.counts.sum(1) if self.config.normalisation == "per_choice" else sums.tokens
-        return sums.counts * sums.counts.shape[1] / units.clamp_min(1)[:, None], sums
+        counts = sums.counts
+        if self.config.pool_zero:
+            zero = counts[:, routing.num_experts :]
+            counts = torch.cat([counts[:, : routing.num_experts], zero.mean(dim=1, keepdim=True).expand_as(zero)], dim=1)
+        units = counts.sum(1) if self.config.normalisation == "per_choice" else sums.tokens
+        return counts * counts.shape[1] / units.clamp_min(1)[:, None], sums
 
 
 def unbiased_choices(routing: Routing, ctx: RouterContext) -> tuple[Tensor, Tensor]:
@@ -182,5 +190,11 @@ class CommunicationBalance(Loss):
 def _fits(field: str, value: int, num_experts: int, router: Any) -> Iterable[Problem]:
     if num_experts % value:
         yield Problem(field, value, f"must divide the {num_experts} experts")
-    if getattr(router, "num_zero_experts", 0):
-        yield Problem(field, value, "needs router.num_zero_experts=0: zero-computation experts are on no device")
+    if _num_zero(router):
+        yield Problem(field, value, "needs a router without zero_experts: zero-computation experts are on no device")
+
+
+def _num_zero(router: Any) -> int:
+    """Zero-computation experts of a router's configuration."""
+    zero_experts = getattr(router, "zero_experts", None)
+    return 0 if zero_experts is None else zero_experts.count
