@@ -170,6 +170,21 @@ class RouterContext:
     def name(self) -> str:
         return f"{self.layer}.{self.family}"
 
+    def take_over(self, site: str) -> Tensor | None:
+        """The tensor that the layer of this family before this one has handed over, with its gradient; None in the first.
+
+        A recomputed forward takes over what the first pass did.
+        """
+        taken: dict[str, Tensor | None] = self.carry.setdefault(f"{self.family}/{site}/taken", {})
+        if not self.forward.recomputing:
+            taken[self.layer] = self.carry.get(f"{self.family}/{site}")
+        return taken[self.layer]
+
+    def hand_over(self, site: str, state: Tensor) -> None:
+        """Leave a tensor for the next layer of this family in the same pass."""
+        if not self.forward.recomputing:
+            self.carry[f"{self.family}/{site}"] = state
+
     def once(self, site: str, decide: Callable[[], T]) -> T:
         """The result of ``decide()``, evaluated without gradient, once per pass: a forward that activation
         checkpointing repeats gets the first pass's result back.

@@ -100,6 +100,16 @@ def null_experts(**scenario: Any) -> Scenario:
     return deepseek(top_k=3, router=router, loss=loss, **scenario)
 
 
+def gating_residuals(**scenario: Any) -> Scenario:
+    """MoE++: scores travel from layer to layer, every kind of zero-computation expert, loss and capacity by kind."""
+    made = deepseek(**scenario)
+    kinds = ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1)
+    made.parts.router = lookup("router", "residual_topk")(top_k=2, zero_experts=kinds, hidden_multiple=2)
+    made.parts.capacity = lookup("capacity", "slots_by_kind")(factor=0.9)
+    made.parts.loss = {"balance": lookup("loss", "heterogeneous_balance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -117,6 +127,8 @@ SCENARIOS = {
     "noisy_gates": noisy_gates(pad=True),
     "top_p": top_p(pad=True),
     "null_experts": null_experts(pad=True),
+    "gating_residuals": gating_residuals(pad=True),
+    "gating_residuals_recompute": gating_residuals(recompute=True),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
+from moetrain.moe.experts.zero import count_zero_experts
 
 
 @dataclass(kw_only=True)
@@ -108,8 +109,7 @@ class Config:
     def problems(self, path: str) -> Iterable[Problem]:
         """Rules across sections that hold for any number of ranks."""
         experts, top_k = self.experts.num_experts, getattr(self.router, "top_k", None)
-        zero_experts = getattr(self.router, "zero_experts", None)
-        columns = experts + (0 if zero_experts is None else zero_experts.count)
+        columns = experts + count_zero_experts(self.router)
         if top_k is not None and top_k > columns:
             known = f"experts.num_experts ({experts})" if columns == experts else f"the {columns} experts and zero-computation experts"
             yield Problem("router.top_k", top_k, f"must be <= {known}")

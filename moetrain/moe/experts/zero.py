@@ -7,6 +7,7 @@ are never dispatched, and what parameters they have are dense ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +61,9 @@ class ZeroExperts(nn.Module):
         column = (routing.expert - routing.num_experts).clamp_min(-1) + 1  # column 0 takes the entries of all others
         weight = routing.weight.new_zeros(routing.num_tokens, self.config.count + 1)
         return weight.index_put((routing.token, column), routing.weight, accumulate=True)[:, 1:]
+
+
+def count_zero_experts(router: Any) -> int:
+    """Z of a router's configuration; 0 if that knows no zero-computation experts."""
+    zero_experts = getattr(router, "zero_experts", None)
+    return 0 if zero_experts is None else zero_experts.count

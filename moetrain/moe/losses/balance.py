@@ -18,6 +18,7 @@ from torch import Tensor
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
+from moetrain.moe.experts.zero import count_zero_experts
 from moetrain.moe.losses.base import GroupSums, Loss
 from moetrain.moe.routing import PAD, Routing
 from moetrain.registry import register
@@ -76,7 +77,7 @@ class ExpertBalanceConfig(Component):
         return ExpertBalance(self)
 
     def check(self, path: str, *, num_experts: int, router: Any) -> Iterable[Problem]:
-        if self.pool_zero and not _num_zero(router):
+        if self.pool_zero and not count_zero_experts(router):
             yield Problem(f"{path}.pool_zero", True, "needs a router with zero_experts")
         if self.choices == "unbiased" and getattr(router, "top_k", None) is None:
             yield Problem(f"{path}.choices", self.choices, "needs a router with a fixed top_k")
@@ -190,11 +191,5 @@ class CommunicationBalance(Loss):
 def _fits(field: str, value: int, num_experts: int, router: Any) -> Iterable[Problem]:
     if num_experts % value:
         yield Problem(field, value, f"must divide the {num_experts} experts")
-    if _num_zero(router):
+    if count_zero_experts(router):
         yield Problem(field, value, "needs a router without zero_experts: zero-computation experts are on no device")
-
-
-def _num_zero(router: Any) -> int:
-    """Zero-computation experts of a router's configuration."""
-    zero_experts = getattr(router, "zero_experts", None)
-    return 0 if zero_experts is None else zero_experts.count

@@ -1,6 +1,6 @@
 """Routers: tokens -> Routing."""
 
-from moetrain.moe.routers import cosine, top_p, topk
+from moetrain.moe.routers import cosine, residual, top_p, topk
 from moetrain.moe.routers.base import LinearRouter, Router
 
-__all__ = ["LinearRouter", "Router", "cosine", "top_p", "topk"]
+__all__ = ["LinearRouter", "Router", "cosine", "residual", "top_p", "topk"]
