@@ -110,6 +110,13 @@ def gating_residuals(**scenario: Any) -> Scenario:
     return made
 
 
+def recurrent(**scenario: Any) -> Scenario:
+    """A recurrent state along depth, through a cell that all layers share."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "recurrent_topk")(top_k=2, renormalise=True, state_size=5)
+    return made
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -127,6 +134,8 @@ SCENARIOS = {
     "noisy_gates": noisy_gates(pad=True),
     "top_p": top_p(pad=True),
     "null_experts": null_experts(pad=True),
+    "recurrent": recurrent(pad=True),
+    "recurrent_recompute": recurrent(recompute=True),
     "gating_residuals": gating_residuals(pad=True),
     "gating_residuals_recompute": gating_residuals(recompute=True),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ class Router(nn.Module):
 
     num_experts: E, the experts that hold parameters.
     initial: parameters that start at this constant; the model initialises the others.
+    tied: names of submodules that all routers of a model share.
     """
 
     initial: Mapping[str, float] = {}
+    tied: tuple[str, ...] = ()
     num_experts: int
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
@@ -54,3 +56,14 @@ class LinearRouter(Router):
         x = at_least_float32(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def tie_routers(routers: Iterable[Router]) -> nn.ModuleDict:
+    """Give routers the first one's submodules where they share them; returns those by name."""
+    tied = nn.ModuleDict()
+    for router in routers:
+        for name in router.tied:
+            if name not in tied:
+                tied[name] = getattr(router, name)
+            setattr(router, name, tied[name])
+    return tied

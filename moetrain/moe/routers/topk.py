@@ -114,10 +114,14 @@ class TopKRouter(LinearRouter):
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
-        if self.config.jitter and ctx.training:
-            draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-            x = x * (1 + self.config.jitter * (2 * draws - 1))
-        return self.route(self.logits(x), ctx)
+        return self.route(self.logits(self.jittered(x, ctx)), ctx)
+
+    def jittered(self, x: Tensor, ctx: RouterContext) -> Tensor:
+        """The input [T, D] of the scores."""
+        if not (self.config.jitter and ctx.training):
+            return x
+        draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return x * (1 + self.config.jitter * (2 * draws - 1))
 
     def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
         """logits: [T, E'] in at least float32 -> Routing."""

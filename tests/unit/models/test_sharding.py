@@ -15,7 +15,7 @@ def names(scenario):
     return {name: parameter.ndim for name, parameter in model.named_parameters()}
 
 
-FAMILIES = {name: names(SCENARIOS[name]) for name in ("deepseek", "glam_capacity", "zero_experts")}
+FAMILIES = {name: names(SCENARIOS[name]) for name in ("deepseek", "glam_capacity", "zero_experts", "recurrent")}
 
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
