@@ -84,7 +84,7 @@ def refuse(message: str) -> Callable[[int], NoReturn]:
 
 
 def prepare_data(config: Config) -> PreparedData:
-    """Prepare the data, with a message if that takes work, and refuse a vocabulary that does not fit."""
+    """Prepare the data, with a message if that takes work, and refuse a vocabulary or a state that does not fit."""
     from moetrain.data import prepare
     from moetrain.train.run import check_vocabulary
 
@@ -97,7 +97,26 @@ def prepare_data(config: Config) -> PreparedData:
 
     data = prepare(config.data, progress=progress)
     check_vocabulary(config, data)
+    check_memory(config, data.vocab_size)
     return data
+
+
+def check_memory(config: Config, vocab_size: int) -> None:
+    """Refuse a model whose state alone is larger than the memory that each rank has."""
+    from moetrain.simulate.clusters import memory_here
+    from moetrain.simulate.fit import device_type, memory_problems
+    from moetrain.train.run import build_model
+
+    here, launch = Ranks.detect(), config.launch
+    world = here.world_size if "RANK" in os.environ else launch.nproc_per_node * launch.nnodes
+    local = here.local_world_size if "RANK" in os.environ else launch.nproc_per_node
+    problems = list(
+        memory_problems(
+            build_model(config, vocab_size), config.parallel.resolve(world), memory_here(device_type(config.train.device), local)
+        )
+    )
+    if problems:
+        raise ConfigError(problems)
 
 
 def run_rank(config: Config, ranks: Ranks, run_dir: Path, data: PreparedData, stop: StopRequest) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from moetrain.errors import ConfigError, MoetrainError, Problem
@@ -19,6 +20,8 @@ moetrain: trains sparse Mixture-of-Experts models
   moetrain prepare [overrides]      tokenise and pack the data ahead of time
   moetrain evaluate run=DIR         held-out loss and perplexity of a run
   moetrain generate run=DIR prompt="def "
+  moetrain plan run=DIR [settings]  what each expert placement would cost on a described cluster; or with overrides
+                                    instead of a run: moetrain plan model=deepseek_moe_16b cluster=h100
   moetrain bench profile            measure this machine's collectives and expert computation for planning
   moetrain list [GROUP [NAME]]      what can be chosen: routers, losses, models, ...; the settings of one
   moetrain --version
@@ -51,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prepare": prepare,
         "evaluate": evaluate,
         "generate": generate,
+        "plan": plan,
         "bench": bench,
         "list": list_components,
     }
@@ -157,7 +161,7 @@ def keyword_settings(cls: type, arguments: list[str]) -> Any:
             sys.exit(0)
         if not equals:
             raise ConfigError(f"arguments are key=value; {argument!r} is not. Keys:\n{lines}")
-        texts = [s.name for s in described if s.name in ("prompt", "run", "device")]
+        texts = [s.name for s in described if s.name in ("prompt", "run", "device", "trace", "json")]
         outer, _, name = key.rpartition(".")
         section = values.setdefault(outer, {}) if outer else values
         if not isinstance(section, dict):
@@ -186,6 +190,37 @@ def generate(arguments: list[str]) -> int:
 
     result = run(keyword_settings(GenerateSettings, arguments))
     print(result["prompt"] + result["text"])
+    return 0
+
+
+def plan(arguments: list[str]) -> int:
+    """moetrain plan. Dotted names, groups, and what starts with + or ~ are overrides of a training configuration."""
+    import moetrain.components  # noqa: F401
+    from moetrain import registry
+    from moetrain.config import load
+    from moetrain.launch.compose import run_application
+    from moetrain.simulate.plan import PlanSettings
+    from moetrain.simulate.plan import main as run
+    from moetrain.train.restore import read_config
+    from moetrain.train.settings import Config
+
+    groups = (*registry.groups(), "experiment")
+    names = [argument.partition("=")[0] for argument in arguments]
+    overrides = [a for a, name in zip(arguments, names, strict=True) if name[:1] in ("+", "~") or "." in name or name in groups]
+    settings = keyword_settings(PlanSettings, [a for a in arguments if a not in overrides])
+
+    def compare(config: Config) -> None:
+        report = run(settings, config)
+        report.show()
+        if settings.json is not None:
+            report.save(Path(settings.json).expanduser())
+
+    if settings.run is None:
+        run_application(overrides, lambda plain: compare(load(Config, plain)))
+    elif overrides:
+        raise ConfigError([Problem("run", settings.run, f"has its own configuration; leave out {' '.join(overrides)}")])
+    else:
+        compare(read_config(Path(settings.run).expanduser()))
     return 0
 
 

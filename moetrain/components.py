@@ -10,6 +10,7 @@ import moetrain.models
 import moetrain.moe.capacity
 import moetrain.moe.experts
 import moetrain.moe.losses
+import moetrain.moe.mixers
 import moetrain.moe.routers
 import moetrain.objectives
 import moetrain.parallel.layouts

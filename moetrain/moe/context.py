@@ -22,6 +22,10 @@ Scope = Literal["token", "sequence", "micro_step", "rank"]
 that the data-parallel world processes together. rank: this rank's tokens only, as some published code does."""
 
 
+Granularity = Literal["token", "sequence", "pass"]
+"""What draws noise of its own; pass: all tokens of a pass, on all ranks, draw the same."""
+
+
 class Reducer(Protocol):
     """Sums over ranks."""
 
@@ -66,11 +70,13 @@ class ForwardContext:
     sample:   [B] int64, global sample index of each sequence.
     token_id: [T] int64.
     step, total_steps, seed, pass_id: coordinates of counter-based noise; pass_id tells several passes over the
-        same micro-batch apart.
+        same micro-batch apart. passes: the batch is that many equal copies one behind the other, see :meth:`repeated`.
     totals:   units of each scope in the whole optimizer step, over all ranks and accumulation steps; they turn
         a local mean into a share of the global one.
     world_size: data-parallel ranks.
     losses:   weighted auxiliary losses by name, summed over layers. statistics: by layer name.
+    carry:    state that travels from layer to layer, by owner. A recomputed layer sees what it saw the first time, so
+        entries are replaced, never changed in place. handles: what a layer keeps for its recomputation and backward.
 
     Not a dataclass on purpose: FSDP copies dataclasses among a module's arguments, and what a layer records in a
     copy is lost.
@@ -88,6 +94,7 @@ class ForwardContext:
         total_steps: int = 1,
         seed: int = 0,
         pass_id: int = 0,
+        passes: int = 1,
         training: bool = False,
         world_size: int = 1,
         totals: Mapping[str, float] | None = None,
@@ -96,18 +103,50 @@ class ForwardContext:
         self.batch_size, self.seq_len = batch_size, seq_len
         self.valid, self.sample, self.token_id = valid, sample, token_id
         self.step, self.total_steps, self.seed, self.pass_id = step, total_steps, seed, pass_id
+        self.passes = passes
         self.training = training
         self.world_size, self.totals = world_size, totals
         self.reducer: Reducer = reducer or LocalReducer()
         self.losses: dict[str, Tensor] = {}
         self.statistics: dict[str, LayerStatistics] = {}
         self.carry: dict[str, Any] = {}
+        self.handles: dict[str, Any] = {}
         self.recomputing = False
         self._decisions: dict[tuple[str, str], Any] = {}
 
     def at(self, layer: str, family: str = "ffn") -> RouterContext:
         """The view of one MoE layer. layer: its dotted name in the model, e.g. ``layers.3``."""
         return RouterContext(forward=self, layer=layer, family=family)
+
+    def repeated(self, passes: int) -> ForwardContext:
+        """The context of one forward over ``passes`` copies of the batch, that differ by their pass id. It records losses
+        and statistics here; each copy counts, so sums double and means stay."""
+
+        def repeat(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat(passes)
+
+        sample = self.sample if self.sample is not None else torch.arange(self.batch_size)
+        totals = None
+        if self.totals is not None:
+            totals = {scope: units if scope == "micro_step" else passes * units for scope, units in self.totals.items()}
+        context = ForwardContext(
+            batch_size=passes * self.batch_size,
+            seq_len=self.seq_len,
+            valid=repeat(self.valid),
+            sample=repeat(sample),
+            token_id=repeat(self.token_id),
+            step=self.step,
+            total_steps=self.total_steps,
+            seed=self.seed,
+            pass_id=self.pass_id,
+            passes=passes,
+            training=self.training,
+            world_size=self.world_size,
+            totals=totals,
+            reducer=self.reducer,
+        )
+        context.losses, context.statistics = self.losses, self.statistics
+        return context
 
     def add_loss(self, name: str, value: Tensor) -> None:
         """Add a weighted auxiliary loss, once per pass (a recomputed forward adds nothing)."""
@@ -167,23 +206,21 @@ class RouterContext:
         return self.forward.carry
 
     @property
+    def handles(self) -> dict[str, Any]:
+        """What outlives a layer's forward until its recomputation and backward, by the name of its owner."""
+        return self.forward.handles
+
+    @property
     def name(self) -> str:
         return f"{self.layer}.{self.family}"
 
     def take_over(self, site: str) -> Tensor | None:
-        """The tensor that the layer of this family before this one has handed over, with its gradient; None in the first.
-
-        A recomputed forward takes over what the first pass did.
-        """
-        taken: dict[str, Tensor | None] = self.carry.setdefault(f"{self.family}/{site}/taken", {})
-        if not self.forward.recomputing:
-            taken[self.layer] = self.carry.get(f"{self.family}/{site}")
-        return taken[self.layer]
+        """The tensor that the layer of this family before this one has handed over, with its gradient; None in the first."""
+        return self.carry.get(f"{self.family}/{site}")
 
     def hand_over(self, site: str, state: Tensor) -> None:
         """Leave a tensor for the next layer of this family in the same pass."""
-        if not self.forward.recomputing:
-            self.carry[f"{self.family}/{site}"] = state
+        self.carry[f"{self.family}/{site}"] = state
 
     def once(self, site: str, decide: Callable[[], T]) -> T:
         """The result of ``decide()``, evaluated without gradient, once per pass: a forward that activation
@@ -201,13 +238,24 @@ class RouterContext:
             self.forward._decisions[key] = decision
         return decision
 
-    def uniform(self, site: str, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-        """Noise in [0, 1) per token, [T, width]: a function of (seed, step, layer, site, sample, position, pass)."""
+    def uniform(
+        self,
+        site: str,
+        width: int,
+        *,
+        per: Granularity = "token",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Noise in [0, 1), [T, width]: a function of (seed, step, layer, site, pass), per sequence also of the sample, per
+        token also of the position."""
         forward = self.forward
         sample = forward.sample if forward.sample is not None else torch.arange(forward.batch_size)
-        key = noise.hash_text(f"{forward.seed}/{forward.step}/{self.name}/{site}/{forward.pass_id}")
+        site_key = f"{forward.seed}/{forward.step}/{self.name}/{site}"
+        keys = [noise.hash_text(f"{site_key}/{forward.pass_id + i}") for i in range(forward.passes)]
+        key = torch.tensor(keys, device=sample.device).repeat_interleave(forward.batch_size // forward.passes)
         position = torch.arange(forward.seq_len, device=sample.device)
-        token_key = noise.mix(sample + key)[:, None] + position
+        token_key = noise.mix(key if per == "pass" else sample + key)[:, None] + (position if per == "token" else 0 * position)
         return noise.uniform(token_key.reshape(-1).to(device or sample.device), width, dtype)
 
     def reduce(self, tensor: Tensor, scope: Scope) -> Tensor:

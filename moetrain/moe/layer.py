@@ -17,6 +17,7 @@ from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.execution import Executor, LocalExecutor
 from moetrain.moe.experts import Experts, ZeroExperts
 from moetrain.moe.losses import Loss
+from moetrain.moe.mixers import Mixer, Residual, ResidualConfig
 from moetrain.moe.routers import Router
 from moetrain.moe.routing import Routing
 
@@ -25,7 +26,8 @@ class MoELayer(nn.Module):
     """x [B, S, D] or [T, D] -> y of the same shape. Statistics and weighted losses go to the forward context.
 
     zero_experts: what the ids from num_experts on contribute, or None if they contribute nothing. shared: an FFN that sees
-    every token, or None. executor: replaced by ``parallel.parallelize``.
+    every token, or None. mixer: how y enters the residual stream, for the block around this layer. executor: replaced by
+    ``parallel.parallelize``.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class MoELayer(nn.Module):
         losses: Mapping[str, Loss],
         zero_experts: ZeroExperts | None = None,
         shared: nn.Module | None = None,
+        mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
         self.router = router
@@ -45,6 +48,7 @@ class MoELayer(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.zero_experts = zero_experts
         self.shared = shared
+        self.mixer = mixer or Residual()
         self.executor: Executor = LocalExecutor()
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Tensor:
@@ -93,6 +97,7 @@ class MoEParts:
     experts: Any
     capacity: Any
     loss: Mapping[str, Any] = field(default_factory=dict)
+    mixer: Any = field(default_factory=ResidualConfig)
 
     def build(self, hidden_size: int, *, dtype: torch.dtype, shared: nn.Module | None = None) -> MoELayer:
         """One MoE layer for inputs of ``hidden_size`` features."""
@@ -104,4 +109,5 @@ class MoEParts:
             losses={name: config.build() for name, config in self.loss.items()},
             zero_experts=None if zero_experts is None else zero_experts.build(hidden_size, dtype=dtype),
             shared=shared,
+            mixer=self.mixer.build(),
         )

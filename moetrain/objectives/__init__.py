@@ -1,5 +1,5 @@
 """What is optimised on which batch."""
 
-from moetrain.objectives import language_modeling
+from moetrain.objectives import consistency, language_modeling
 
-__all__ = ["language_modeling"]
+__all__ = ["consistency", "language_modeling"]

@@ -162,6 +162,9 @@ class SplitVocabulary:
     def log_partition(self, logits: Tensor) -> Tensor:
         return _LogPartition.apply(logits, self.peers)
 
+    def sum(self, values: Tensor) -> Tensor:
+        return sum_over(values.sum(dim=1), self.peers.group)
+
     def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
         index, here = self.locate(targets, logits.shape[1])
         chosen = torch.where(here, logits.gather(1, index[:, None])[:, 0], 0.0)

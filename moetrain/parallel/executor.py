@@ -236,7 +236,7 @@ class PlacedExecutor:
 
     def copies(self, plan: PlacementPlan, experts: Experts, ctx: RouterContext, site: str = "planned") -> Copies:
         """The copies of this pass, the same object for its recomputation and backward."""
-        found: dict[tuple[str, str], Copies] = ctx.carry.setdefault("placement", {})
+        found: dict[tuple[str, str], Copies] = ctx.handles.setdefault("placement", {})
         if (ctx.name, site) in found:
             return found[ctx.name, site]
         keep = self.keep and torch.is_grad_enabled() and site == "planned"
@@ -333,7 +333,12 @@ class PlacedExecutor:
         for own, rows, slots, w in zip([None, *copies], x.split([int(c.sum()) for c in by_set]), by_set, weights, strict=True):
             with own.kept_out_of_the_graph() if forget and own is not None else nullcontext():
                 parts.append(experts.compute(rows, slots, w))
-        return torch.cat(parts)
+        y = torch.cat(parts)
+        if forget:
+            # in the backward every rank waits here: one that has no rows for its copies would not ask for them, and never
+            # start the stages of their transfer in which it passes on what others need
+            y.register_hook(lambda _: [c.wait() for c in copies] and None)
+        return y
 
     def dispatch(self, routing: Routing) -> Dispatch:
         """Who sends what to whom, from one all-gather of counts."""

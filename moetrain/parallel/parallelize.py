@@ -24,6 +24,7 @@ from moetrain.models.common.init import Constant, Init, draw
 from moetrain.moe.context import LayerStatistics, LocalReducer, Reducer
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers import Router
 from moetrain.parallel.collectives import GroupReducer, Peers
 from moetrain.parallel.dense import SlicedExecutor, split_dense, sum_in_place
 from moetrain.parallel.executor import Links, PlacedExecutor
@@ -156,6 +157,13 @@ class ParallelModel:
                 parameter.grad /= self.layout.data_world_size
         if self.tensor is not None:
             sum_in_place([local(p.grad) for name, p in self.parameters() if name in self.partial and p.grad is not None], self.tensor)
+        for router in self.frozen_routers():
+            for parameter in router.parameters():
+                parameter.grad = None  # the optimizer passes it over: neither decay nor momentum moves it
+
+    def frozen_routers(self) -> list[Router]:
+        """Routers whose parameters stay as they are in this step."""
+        return [layer.router for layer in self.model.moe_layers().values() if layer.router.frozen]
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float | None) -> Tensor:
@@ -198,7 +206,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Initial weights, the same for every layout; buffers are zeroed."""
+        """Initial weights, the same for every layout; buffers are zero unless their router says otherwise."""
         for name, parameter in self.parameters():
             for logical, tensor in self.logical(name, parameter):
                 init = find_init(self.model, logical)
@@ -207,16 +215,26 @@ class ParallelModel:
                 if isinstance(tensor, DTensor):
                     value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
                 local(tensor).copy_(value)
-        for buffer in self.model.buffers():
-            buffer.zero_()
+        for name, buffer in self.model.named_buffers():
+            init = router_init(self.model, name) or Constant(0.0)
+            buffer.copy_(draw(name, buffer.shape, init, seed=seed, dtype=buffer.dtype))
+
+
+def router_init(model: Decoder, name: str) -> Init | None:
+    """How a tensor starts if it is one of which its router says so."""
+    for layer, moe in model.moe_layers().items():
+        attribute = name.removeprefix(f"{layer}.router.")
+        if attribute != name and attribute in moe.router.initial:
+            init = moe.router.initial[attribute]
+            return init if callable(init) else Constant(init)
+    return None
 
 
 def find_init(model: Decoder, name: str) -> Init:
     """The initialiser of a logical tensor: what its router says, else the first of the model's patterns that matches."""
-    for layer, moe in model.moe_layers().items():
-        parameter = name.removeprefix(f"{layer}.router.")
-        if parameter != name and parameter in moe.router.initial:
-            return Constant(moe.router.initial[parameter])
+    own = router_init(model, name)
+    if own is not None:
+        return own
     for pattern, init in model.init.items():
         if fnmatchcase(name, pattern):
             return init
@@ -224,11 +242,19 @@ def find_init(model: Decoder, name: str) -> Init:
 
 
 def parallelize(
-    model: Decoder, layout: Layout, ranks: Ranks, *, device: torch.device, recompute: bool = False, tokens_per_pass: int = 0
+    model: Decoder,
+    layout: Layout,
+    ranks: Ranks,
+    *,
+    device: torch.device,
+    recompute: bool = False,
+    tokens_per_pass: int = 0,
+    profile: MachineProfile | None = None,
 ) -> ParallelModel:
     """Place a model that was built on the meta device; its weights are allocated but not initialised.
 
     recompute: activation checkpointing of every block. tokens_per_pass: of a rank's forward pass, for the cost model.
+    profile: costs of the machine, the same on every rank; None: as the layout says.
     Collective if the layout has several ranks; the default process group must exist.
     """
     for block in model.layers:
@@ -243,7 +269,7 @@ def parallelize(
     owned: frozenset[str] = frozenset()
     if layout.places_experts:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        profile = machine_profile(layout, ranks, device)
+        profile = profile or machine_profile(layout, ranks, device)
         placement = place_experts(model, layout, connect(layout, ranks, device, profile), device, recompute, tokens_per_pass, profile)
     else:
         for module in families.values():

@@ -21,18 +21,19 @@ from moetrain.parallel.executor import PlacedExecutor
 from moetrain.parallel.layouts import Layout
 from moetrain.parallel.parallelize import ParallelModel, parallelize
 from moetrain.parallel.placement.plan import PlacementPlan
+from moetrain.parallel.profile import LinearCost, Machine, MachineProfile
 from moetrain.parallel.ranks import Ranks
 from moetrain.parallel.reshard import reshard
 from moetrain.train.metrics import Phases
 from moetrain.train.optim import AdamWConfig
-from moetrain.train.step import accumulate_gradients, count_units
+from moetrain.train.step import StepResult, accumulate_gradients, count_units
 
 
 @dataclass
 class Scenario:
     """A model, its parts and how to train it. micro_batch_size: None for all of a rank's sequences at once.
 
-    pad: the last sequences of each batch have no targets in their second half, and the very last none at all.
+    pad: of each batch, the last quarter of the sequences has no targets in its second half, the last eighth none at all.
     """
 
     model: Any
@@ -48,17 +49,29 @@ class Scenario:
     lr: float = 1e-2
     clip_norm: float = 0.5
     repeat_token: bool = False
+    objective: Any = field(default_factory=LanguageModelingConfig)
+
+
+SLOW_COMPUTE = MachineProfile(
+    Machine(world_size=4, ranks_per_node=2, backend="gloo", device="assumed", torch_version=torch.__version__, date="2000-01-01"),
+    intra={"all_to_all": LinearCost(0.0, 1e-12)},
+    inter={"all_to_all": LinearCost(0.0, 1e-11)},
+    experts=LinearCost(0.0, 1e-6),
+    num_experts=1,
+)
+"""A machine on which copies pay in spite of the small models: any real one has latencies that outweigh all they can save."""
 
 
 @dataclass
 class Outcome:
-    """Per step: loss, loss_total, gradient norm, tokens per expert by layer. Of the last step: logical gradients;
-    after it: logical parameters (and buffers)."""
+    """Per step: loss, loss_total, gradient norm, tokens per expert by layer. Of the last step: logical gradients, and the
+    final hidden states [S, D] by sequence; after it: logical parameters (and buffers)."""
 
     losses: list[float] = field(default_factory=list)
     totals: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     selected: list[dict[str, list[int]]] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
@@ -67,12 +80,16 @@ def synthetic_batch(scenario: Scenario, step: int, index: Tensor) -> Batch:
     """Sequences ``index`` of the global batch of a step, the same on every rank that asks for them."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(scenario.vocab_size, (scenario.batch_size, scenario.seq_len + 1), generator=generator)
+    # a token that only sees its like has its hidden state but for rounding, and experts that choose tokens would meet a tie
+    same = tokens[:, 0] == tokens[:, 1]
+    tokens[same, 1] = (tokens[same, 1] + 1) % scenario.vocab_size
     if scenario.repeat_token:
         tokens[:] = tokens[:1, :1]
     targets = tokens[:, 1:].clone()
     if scenario.pad:
-        targets[-2:, scenario.seq_len // 2 :] = IGNORE
-        targets[-1:] = IGNORE
+        eighth = max(1, scenario.batch_size // 8)
+        targets[-2 * eighth :, scenario.seq_len // 2 :] = IGNORE
+        targets[-eighth:] = IGNORE
     return Batch(tokens[index, :-1], targets[index], step * scenario.batch_size + index)
 
 
@@ -88,42 +105,80 @@ Plans = Callable[[PlacedExecutor, str, int], PlacementPlan]
 """(executor, layer, step) -> the plan of that step"""
 
 
-def train_steps(
-    rank: int, world_size: int, scenario: Scenario, layout: str | Layout, replicate: int = 1, plans: Plans | None = None
-) -> Outcome:
-    """Train ``scenario.steps`` steps on this rank. Gradients and parameters are this rank's part; see ``merge``.
+@dataclass
+class Training:
+    """A scenario in training on this rank of a layout."""
 
-    plans: replaces the layout's planner.
-    """
-    ranks = Ranks(rank, world_size, rank, world_size)
-    with torch.device("meta"):
-        model = scenario.model.build(scenario.parts, vocab_size=scenario.vocab_size, dtype=scenario.dtype)
-    chosen = layout if isinstance(layout, Layout) else Layout(layout, replicate, world_size // replicate)  # type: ignore[arg-type]
-    placed = parallelize(model, chosen, ranks, device=torch.device("cpu"), recompute=scenario.recompute)
-    placed.initialise(seed=0)
-    placed.model.train()
-    optimizer = AdamWConfig(lr=scenario.lr).build(placed)
-    outcome, objective = Outcome(), LanguageModelingConfig().build()
-    for step in range(scenario.steps):
-        batches = local_batches(scenario, step, ranks.data_parallel(chosen.tensor))
+    scenario: Scenario
+    ranks: Ranks
+    placed: ParallelModel
+    optimizer: torch.optim.Optimizer
+    outputs: list[Tensor] = field(default_factory=list)
+    """Final hidden states [B * S, D] of the last step's micro-batches."""
+
+    @classmethod
+    def start(cls, rank: int, scenario: Scenario, layout: Layout, seed: int = 0) -> Training:
+        """Build and place the model, allocate the optimizer. Collective."""
+        ranks = Ranks(rank, layout.world_size, rank, layout.world_size)
+        with torch.device("meta"):
+            model = scenario.model.build(scenario.parts, vocab_size=scenario.vocab_size, dtype=scenario.dtype)
+        placed = parallelize(model, layout, ranks, device=torch.device("cpu"), recompute=scenario.recompute, profile=SLOW_COMPUTE)
+        placed.initialise(seed)
+        placed.model.train()
+        training = cls(scenario, ranks, placed, AdamWConfig(lr=scenario.lr).build(placed))
+        model.norm.register_forward_hook(lambda module, args, x: training.outputs.append(x.detach()))
+        return training
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        return local_batches(self.scenario, step, self.ranks.data_parallel(self.placed.layout.tensor))
+
+    def gradients(self, step: int, plans: Plans | None = None) -> StepResult:
+        """Forward and backward of a step (from 0). plans: replaces the layout's planner."""
+        placed, batches = self.placed, self.batches(step)
+        self.outputs.clear()
         totals, _ = count_units(batches, placed)
+        for layer in placed.model.moe_layers().values():
+            layer.router.begin_step(step, self.scenario.steps)
         placed.begin_step()
         if plans is not None:
             for name, executor in placed.executors().items():
                 executor.plan = plans(executor, name, step)
-        optimizer.zero_grad(set_to_none=True)
-        result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=scenario.steps, phases=Phases())
-        if step == scenario.steps - 1:
-            outcome.gradients = full({n: t for name, p in placed.parameters() for n, t in placed.logical(name, p.grad)})  # type: ignore[arg-type]
-        norm = placed.clip_gradients(scenario.clip_norm)
-        optimizer.step()
-        for name, layer in placed.model.moe_layers().items():
+        self.optimizer.zero_grad(set_to_none=True)
+        objective, steps = self.scenario.objective.build(), self.scenario.steps
+        return accumulate_gradients(placed, objective, batches, totals, seed=0, step=step, total_steps=steps, phases=Phases())
+
+    def update(self, step: int, result: StepResult) -> float:
+        """The rest of the step: clip, update, move owners. Returns the gradient norm."""
+        norm = self.placed.clip_gradients(self.scenario.clip_norm).item()
+        self.optimizer.step()
+        for name, layer in self.placed.model.moe_layers().items():
             layer.router.end_step(result.statistics[name])
-        placed.end_step(result.statistics)
-        reshard(placed, optimizer, step + 1)
+        self.placed.end_step(result.statistics)
+        reshard(self.placed, self.optimizer, step + 1)
+        return norm
+
+
+def train_steps(
+    rank: int, world_size: int, scenario: Scenario, layout: str | Layout, replicate: int = 1, plans: Plans | None = None
+) -> Outcome:
+    """Train ``scenario.steps`` steps on this rank. Outputs, gradients and parameters are this rank's part; see ``merge``.
+
+    plans: replaces the layout's planner.
+    """
+    chosen = layout if isinstance(layout, Layout) else Layout(layout, replicate, world_size // replicate)  # type: ignore[arg-type]
+    training = Training.start(rank, scenario, chosen)
+    placed, outcome = training.placed, Outcome()
+    for step in range(scenario.steps):
+        result = training.gradients(step, plans)
+        if step == scenario.steps - 1:
+            gradients = {name: p.grad for name, p in placed.parameters() if p.grad is not None}
+            outcome.gradients = full({n: t for name, gradient in gradients.items() for n, t in placed.logical(name, gradient)})
+            for batch, x in zip(training.batches(step), training.outputs, strict=True):
+                outcome.outputs |= {f"sequence.{i}": y for i, y in zip(batch.sample.tolist(), x.view(*batch.tokens.shape, -1), strict=True)}
+        outcome.norms.append(training.update(step, result))
         outcome.losses.append(result.loss)
         outcome.totals.append(result.loss_total)
-        outcome.norms.append(norm.item())
         outcome.selected.append({name: layer.selected.tolist() for name, layer in result.statistics.items()})
     outcome.parameters = full(parameters_of(placed))
     return outcome
@@ -145,6 +200,7 @@ def merge(outcomes: list[Outcome]) -> Outcome:
     first = outcomes[0]
     for other in outcomes[1:]:
         assert (first.losses, first.norms, first.selected) == (other.losses, other.norms, other.selected), "ranks disagree"
+        first.outputs.update(other.outputs)
         first.gradients.update(other.gradients)
         first.parameters.update(other.parameters)
     return first

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.experts import ZeroExpertsConfig
 from moetrain.moe.layer import MoEParts
 from moetrain.moe.routers.base import LinearRouter
-from moetrain.moe.routing import Routing, ragged_routing
+from moetrain.moe.routing import Routing, fixed_routing, ragged_routing
 from moetrain.registry import lookup
 from moetrain.testing.layouts import Outcome, Scenario
-from moetrain.testing.tolerances import assert_close
+from moetrain.testing.tolerances import assert_close, max_error
 
 
 def deepseek(num_experts: int = 6, top_k: int = 2, router: dict[str, Any] | None = None, loss: Any = None, **scenario: Any) -> Scenario:
@@ -55,6 +56,60 @@ def noisy_gates(**scenario: Any) -> Scenario:
     made.parts.router = lookup("router", "cosine_topk")(top_k=2, projection_size=4, logit_noise=1.0, sampling="later")
     made.parts.capacity = lookup("capacity", "slots")(factor=1.0, priority="random", renormalise=True)
     made.parts.loss = {"balance": lookup("loss", "load_importance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
+def routed(router: str, settings: dict[str, Any] | None = None, **scenario: Any) -> Scenario:
+    """The model of :func:`deepseek` with another router; without losses unless some are given."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", router)(**(settings or {}))
+    made.parts.loss = scenario.get("loss") or {}
+    return made
+
+
+def dense_to_sparse(**scenario: Any) -> Scenario:
+    """From all experts, with noise, to one at a time; weights in the loss."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dense_to_sparse")(activation="tanh", logit_bias=True, hard_after=2, threshold=0.15)
+    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
+def learned_temperature(**scenario: Any) -> Scenario:
+    """A temperature that is trained."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dense_to_sparse")(decay="learned", temperature=0.5, weights="clean", threshold=0.12)
+    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05)}
+    return made
+
+
+def comet(**scenario: Any) -> Scenario:
+    """Trees whose permutations are learned for two steps and then stay."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "comet")(num_trees=2, width=0.5, split_bias=True, permutation_steps=2)
+    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "permutation_entropy")}
+    return made
+
+
+def dselect(**scenario: Any) -> Scenario:
+    """Binary codes of which some mean no expert."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "dselect_k")(num_selectors=2, width=0.5)
+    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "trapped_experts")}
+    return made
+
+
+def stochastic(granularity: str, **scenario: Any) -> Scenario:
+    """Random experts and two passes that have to agree."""
+    made = deepseek(objective=lookup("objective", "consistency")(alpha=5.0), **scenario)
+    made.parts.router = lookup("router", "stochastic")(granularity=granularity)
+    return made
+
+
+def mixed(name: str, settings: dict[str, Any], **scenario: Any) -> Scenario:
+    """Another residual rule."""
+    made = deepseek(**scenario)
+    made.parts.mixer = lookup("mixer", name)(**settings)
     return made
 
 
@@ -117,15 +172,64 @@ def recurrent(**scenario: Any) -> Scenario:
     return made
 
 
+Skew = Literal["uniform", "zipf", "one"]
+
+
+@dataclass(kw_only=True)
+class DrawnConfig:
+    """Experts drawn by a fixed popularity: all alike, proportional to rank^-1.2, or one for all tokens (with top_k = 1)."""
+
+    skew: Skew
+    top_k: int
+
+    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> DrawnRouter:
+        return DrawnRouter(self, hidden_size, num_experts, dtype=dtype)
+
+
+class DrawnRouter(LinearRouter):
+    """K different experts by chance, weighted by learned probabilities."""
+
+    def __init__(self, config: DrawnConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
+        super().__init__(hidden_size, num_experts, dtype=dtype)
+        self.config = config
+
+    def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
+        logits = self.logits(x)
+        probs = torch.softmax(logits, dim=1)
+        chance = ctx.uniform("draw", self.num_experts, dtype=probs.dtype)
+        index = ctx.once("select", lambda: self.draw(chance))
+        weight = probs.gather(1, index)
+        return fixed_routing(index, weight, num_experts=self.num_experts, logits=logits, probs=probs, valid=ctx.valid)
+
+    def draw(self, chance: Tensor) -> Tensor:
+        """[T, K] experts, without replacement, by the Gumbel maximum trick. chance: [T, E] in [0, 1)."""
+        place = torch.arange(1, self.num_experts + 1, dtype=chance.dtype)
+        popularity = {"uniform": torch.ones_like(place), "zipf": place**-1.2, "one": (place == 1).to(chance.dtype)}[self.config.skew]
+        return (popularity.log() - (-chance.log()).log()).topk(self.config.top_k, dim=1).indices
+
+
+def drawn(skew: Skew, top_k: int = 2, **scenario: Any) -> Scenario:
+    """Loads that no training changes."""
+    made = deepseek(top_k=top_k, **scenario)
+    made.parts.router = DrawnConfig(skew=skew, top_k=top_k)
+    return made
+
+
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
+VARIATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("importance", "load")}
+INFORMATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("mutual_information", "load_concentration")}
+RANDOM = dict(score="logit", selected_softmax=True, logit_bias=True, trained=False)
 SCENARIOS = {
     "deepseek": deepseek(),
+    "uniform": drawn("uniform"),
+    "zipf": drawn("zipf"),
+    "all_to_one": drawn("one", top_k=1),
+    "same_token": deepseek(repeat_token=True),
     "padded": deepseek(pad=True),
     "fewer_experts_than_ranks": deepseek(num_experts=2),
     "global_balance": deepseek(loss=GLOBAL, pad=True),
     "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
     "zero_experts": deepseek(router=dict(zero_experts=ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1))),
-    "all_to_one": deepseek(repeat_token=True),
     "recompute": deepseek(recompute=True, pad=True),
     "accumulate": deepseek(micro_batch_size=1),
     "glam_capacity": glam(pad=True),
@@ -138,20 +242,49 @@ SCENARIOS = {
     "recurrent_recompute": recurrent(recompute=True),
     "gating_residuals": gating_residuals(pad=True),
     "gating_residuals_recompute": gating_residuals(recompute=True),
+    "noisy_topk": routed("noisy_topk", dict(top_k=2), loss=VARIATION, pad=True),
+    "moduleformer": routed("moduleformer", dict(top_k=2, gate_size=5, explored=1), loss=INFORMATION, pad=True, recompute=True),
+    "hash": routed("hash", dict(top_k=2), pad=True),
+    "token_table": routed("token_table", dict(top_k=2), loss=GLOBAL),
+    "expert_choice": routed("expert_choice", dict(allow_future=True), pad=True, recompute=True),
+    "base": routed("base", pad=True, recompute=True),
+    "sinkhorn": routed("sinkhorn", dict(top_k=2), pad=True),
+    "sparsemixer": routed("sparsemixer", dict(top_k=2, band=0.2), loss=GLOBAL, recompute=True),
+    "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
+    "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
+    "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
+    "dense_to_sparse": dense_to_sparse(pad=True),
+    "learned_temperature": learned_temperature(recompute=True),
+    "stochastic": stochastic("token", pad=True),
+    "one_random_expert": stochastic("pass", recompute=True),
+    "comet": comet(pad=True, recompute=True),
+    "dselect": dselect(pad=True),
+    "momentum": mixed("momentum", dict(mu=0.7, gamma=0.5), recompute=True),
+    "adam": mixed("adam", dict(mu=0.5), pad=True),
+    "robust_momentum": mixed("robust_momentum", dict(rate=0.7), recompute=True),
 }
 
 
-def compare(actual: Outcome, expected: Outcome) -> None:
-    """Raises AssertionError unless losses, norms, loads, gradients and weights agree to the layout tolerance."""
+def pairs(actual: Outcome, expected: Outcome) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Everything that two outcomes must agree in: (name, actual, expected). Raises AssertionError if their keys differ."""
     for field in ("losses", "totals", "norms"):
-        assert_close(
-            torch.tensor(getattr(actual, field), dtype=torch.float64),
-            torch.tensor(getattr(expected, field), dtype=torch.float64),
-            kind="layout",
-        )
-    assert actual.selected == expected.selected
-    for field in ("gradients", "parameters"):
-        ours, reference = getattr(actual, field), getattr(expected, field)
-        assert ours.keys() == reference.keys()
-        for key in reference:
-            assert_close(ours[key], reference[key], kind="layout")
+        ours, reference = (torch.tensor(getattr(outcome, field), dtype=torch.float64) for outcome in (actual, expected))
+        yield field, ours, reference
+    for step, (loads, reference_loads) in enumerate(zip(actual.selected, expected.selected, strict=True)):
+        for layer, load in reference_loads.items():
+            yield f"load of {layer} in step {step}", torch.tensor(loads[layer]), torch.tensor(load)
+    for field in ("outputs", "gradients", "parameters"):
+        tensors, reference_tensors = getattr(actual, field), getattr(expected, field)
+        assert tensors.keys() == reference_tensors.keys(), f"{field}: {sorted(tensors.keys() ^ reference_tensors.keys())}"
+        yield from ((f"{field}[{key}]", tensors[key], reference_tensors[key]) for key in reference_tensors)
+
+
+def compare(actual: Outcome, expected: Outcome) -> None:
+    """Raises AssertionError unless losses, norms, loads, outputs, gradients and weights agree to the layout tolerance."""
+    for name, ours, reference in pairs(actual, expected):
+        assert_close(ours, reference, kind="layout", name=name)
+
+
+def largest_error(actual: Outcome, expected: Outcome) -> float:
+    """The largest relative error of all that :func:`compare` looks at."""
+    return max(max_error(ours, reference) for _, ours, reference in pairs(actual, expected))

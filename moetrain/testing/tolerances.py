@@ -45,15 +45,26 @@ def assert_close(actual: Comparable, expected: Comparable, kind: Kind, *, name: 
         return
     tolerance = max(TOLERANCES[kind][x.dtype] for x in (a, b) if x.is_floating_point())
     a, b = a.double(), b.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    error = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
-    finite = b[b.isfinite()].abs()
-    scale = max(1.0, float(finite.max()) if finite.numel() else 1.0)
+    error, scale = _errors(a, b)
     worst = float(error.max()) if error.numel() else 0.0
     if worst > tolerance * scale:
         place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         found = f"{float(a[place]):.17g}, expected {float(b[place]):.17g}"
         raise AssertionError(f"{name}: max|a-b| = {worst:.3e} > {tolerance:g} * {scale:.3e} ({kind}) at {place}: {found}")
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    """The left side of the comparison over ``max(1, max|b|)``: what :func:`assert_close` holds against the tolerance."""
+    error, scale = _errors(_tensor(actual).double(), _tensor(expected).double())
+    return float(error.max()) / scale if error.numel() else 0.0
+
+
+def _errors(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """|a - b|, infinite where only one is NaN, and the scale of b; both float64 and of equal shape."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
+    finite = b[b.isfinite()].abs()
+    return error, max(1.0, float(finite.max()) if finite.numel() else 1.0)
 
 
 def _tensor(value: Tensor | float) -> Tensor:

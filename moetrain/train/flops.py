@@ -27,7 +27,8 @@ class FlopCounter:
             if isinstance(module, Linear):
                 self.dense_per_token += 2 * module.weight.numel()
             elif isinstance(module, LinearRouter):
-                self.dense_per_token += 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+                weights = (*module.parameters(), *module.buffers())  # a router that is not trained has its matrix as a buffer
+                self.dense_per_token += 2 * sum(w.numel() for w in weights if w.dim() == 2)
             elif isinstance(module, SoftmaxAttention):
                 self.attention_width += module.num_heads * module.head_dim
         if model.head is None:

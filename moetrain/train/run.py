@@ -59,7 +59,7 @@ def run_training(
 
 def build_model(config: Config, vocab_size: int) -> Decoder:
     """The model of a run on the meta device."""
-    parts = MoEParts(router=config.router, experts=config.experts, capacity=config.capacity, loss=config.loss)
+    parts = MoEParts(router=config.router, experts=config.experts, capacity=config.capacity, loss=config.loss, mixer=config.mixer)
     with torch.device("meta"):
         return config.model.build(parts, vocab_size=vocab_size, dtype=getattr(torch, config.train.dtype))
 
@@ -219,6 +219,8 @@ class Trainer:
         for name, layer in self.placed.model.moe_layers().items():
             layer.router.end_step(result.statistics[name])
         progress.updates += 1
+        if self.placed.frozen_routers():
+            set_update_count(self.optimizer, progress.updates)  # theirs too, as when a run is resumed
         progress.skipped_in_a_row = 0
         return lr, norm, False
 

@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
+from moetrain.models.common.decoder import NOT_CAUSAL
 from moetrain.moe.experts.zero import count_zero_experts
+from moetrain.moe.mixers import ResidualConfig
 
 
 @dataclass(kw_only=True)
@@ -96,6 +98,7 @@ class Config:
     capacity: Any = setting(doc="how many tokens an expert takes", group="capacity")
     experts: Any = setting(doc="what an expert computes", group="experts")
     loss: dict[str, Component] = setting(default_factory=dict, doc="auxiliary losses by name", group="loss")
+    mixer: Any = setting(default_factory=ResidualConfig, doc="how the output of an MoE layer enters the residual stream", group="mixer")
     objective: Any = setting(doc="what is optimised on which batch", group="objective")
     data: Any = setting(doc="text, tokenizer, packing", group="data")
     optim: Any = setting(doc="optimizer", group="optim")
@@ -113,6 +116,11 @@ class Config:
         if top_k is not None and top_k > columns:
             known = f"experts.num_experts ({experts})" if columns == experts else f"the {columns} experts and zero-computation experts"
             yield Problem("router.top_k", top_k, f"must be <= {known}")
+        if not getattr(self.router, "causal", True):
+            yield Problem("router", self.router.kind, NOT_CAUSAL)
+        if not getattr(self.router, "scored", True):
+            for name, loss in self.loss.items():
+                yield Problem(f"loss.{name}", loss.kind, f"router={self.router.kind} has no probabilities to act on; loss=[] removes all")
         if hasattr(self.router, "check"):
             yield from self.router.check("router", num_experts=experts)
         for name, loss in self.loss.items():

@@ -3,6 +3,7 @@
 import torch
 
 from moetrain.moe.context import ForwardContext, RouterContext
+from moetrain.moe.experts.ffn import FFNExpertsConfig
 from moetrain.moe.routers.topk import TopKRouter, TopKRouterConfig
 
 
@@ -43,7 +44,7 @@ class DrawnContext(RouterContext):
         super().__init__(ctx.forward, ctx.layer, ctx.family)
         object.__setattr__(self, "recorded", draws)
 
-    def uniform(self, site, width, *, dtype=torch.float32, device=None):
+    def uniform(self, site, width, *, per="token", dtype=torch.float32, device=None):
         draws = self.recorded[site].to(dtype)
         assert draws.shape[1] == width
         return draws
@@ -61,3 +62,19 @@ def stack_experts(data, prefix, experts, names):
     """(w_in, w_out) of FFNExperts from ``<prefix>.<expert>.<name>.weight``; names: of the gate, up and down matrices."""
     gate, up, down = ([data[f"{prefix}.{e}.{name}.weight"] for e in experts] for name in names)
     return torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)]), torch.stack(down)
+
+
+def biased_experts(w1, b1, w2, b2):
+    """Experts relu(x w1^T + b1) w2^T + b2 for inputs with a one appended: a hidden unit that is always one holds b2."""
+    experts, width, hidden = w1.shape
+    made = FFNExpertsConfig(num_experts=experts, width=width + 1, activation="relu", gated=False).build(hidden + 1, dtype=w1.dtype)
+    w_in, w_out = torch.zeros_like(made.w_in), torch.zeros_like(made.w_out)
+    w_in[:, :width] = torch.cat([w1, b1[:, :, None]], dim=2)
+    w_in[:, width, hidden] = 1
+    w_out[:, :hidden] = torch.cat([w2, b2[:, :, None]], dim=2)
+    made.load_state_dict({"w_in": w_in, "w_out": w_out})
+    return made
+
+
+def append_one(x):
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)

@@ -1,5 +1,7 @@
 """Replays the vectors ``router-basics-hf``: routers of the public models as one TopKRouter."""
 
+import re
+
 import pytest
 import torch
 from replay import context, dense_map, router
@@ -8,6 +10,7 @@ from moetrain.moe.capacity.policies import SlotsConfig
 from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.losses.balance import ExpertBalanceConfig, SwitchBalanceConfig
 from moetrain.moe.losses.z import ZLossConfig
+from moetrain.moe.routers.sparsemixer import SparseMixerConfig
 from moetrain.moe.routing import fixed_routing
 from moetrain.testing.golden import golden
 from moetrain.testing.tolerances import assert_close
@@ -16,7 +19,6 @@ SLUG = "router-basics-hf"
 META, DATA = golden(SLUG)
 
 LATER = {
-    "phimoe_eval": "SparseMixer is a router of its own",
     "llama4": "weights multiply the expert's input instead of its output",
 }
 """Cases that this version has no router for."""
@@ -50,12 +52,13 @@ def settings(case, meta):
     return dict(top_k=top_k, **table[name])
 
 
-ROUTERS = [case for case in META["cases"] if f"{case['name']}.topk_weights" in DATA and case["name"] not in LATER]
+SPARSE_MIXER = "phimoe_eval"
+ROUTERS = [case for case in META["cases"] if f"{case['name']}.topk_weights" in DATA and case["name"] not in {*LATER, SPARSE_MIXER}]
 
 
 def test_every_case_is_replayed_or_known_to_come_later():
     names = {case["name"] for case in META["cases"]}
-    replayed = {case["name"] for case in ROUTERS} | {"switch_cap_big", "switch_cap_small", "hf_lbl"}
+    replayed = {case["name"] for case in ROUTERS} | {"switch_cap_big", "switch_cap_small", "hf_lbl", SPARSE_MIXER}
     assert names - replayed <= set(LATER)
 
 
@@ -82,6 +85,19 @@ def test_router(case):
         (weights * DATA["cotangent"]).sum().backward()
         assert_close(x.grad, DATA[f"{name}.grad_x"], kind="golden")
         assert_close(made.weight.grad, DATA[f"{name}.grad_weight"], kind="golden")
+
+
+def test_sparse_mixer():
+    name, x, weight = SPARSE_MIXER, DATA["x"], DATA["weight"]
+    band = float(re.search(r"jitter_eps=([\d.]*\d)", META["tensor_groups"][f"{name}.*"]).group(1))
+    made = SparseMixerConfig(top_k=DATA[f"{name}.topk_indices"].shape[1], band=band).build(x.shape[1], weight.shape[0], dtype=x.dtype)
+    made.weight = torch.nn.Parameter(weight.clone())
+    routing = made(x, context(x.shape[0], training=False))
+    assert_close(routing.logits, DATA[f"{name}.logits"], kind="golden")
+    selected, weights = dense_map(routing)
+    expected = torch.zeros_like(weights).scatter(1, DATA[f"{name}.topk_indices"], DATA[f"{name}.topk_weights"])
+    assert torch.equal(selected, expected > 0)
+    assert_close(weights, expected, kind="golden")
 
 
 @pytest.mark.parametrize("case", [c for c in META["cases"] if "expert_capacity" in c], ids=lambda c: f"{SLUG}-{c['name']}")

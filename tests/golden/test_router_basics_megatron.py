@@ -11,14 +11,16 @@ from moetrain.moe.capacity.policies import SlotsConfig
 from moetrain.moe.context import LayerStatistics
 from moetrain.moe.losses.balance import ExpertBalanceConfig, SwitchBalanceConfig
 from moetrain.moe.losses.z import ZLossConfig
+from moetrain.moe.routers.assignment import BaseConfig, SinkhornConfig, sinkhorn
+from moetrain.moe.routers.expert_choice import ExpertChoiceConfig
 from moetrain.testing.golden import golden
 from moetrain.testing.tolerances import assert_close
 
 SLUG = "router-basics-megatron"
 META, DATA = golden(SLUG)
 K, GROUPS, GROUP_TOPK = META["K"], META["num_groups"], META["group_topk"]
-LATER = {"sinkhorn", "base", "expert_choice"}
-"""Routers of a later version; their tensors are not read here."""
+OTHERS = {"sinkhorn", "base", "expert_choice"}
+"""Routers of their own."""
 
 
 def number(pattern, text):
@@ -56,9 +58,43 @@ def route(name, logits, ctx):
     return route_logits(logits, ctx, bias=DATA["expert_bias"] if name in BIASED else None, top_k=K, **SCORES[name])
 
 
-def test_every_tensor_is_replayed_or_known_to_come_later():
+def test_every_tensor_is_replayed():
     groups = {key.split(".")[0] for key in DATA}
-    assert groups <= set(SCORES) | {"aux", "drop", "bias_update", "gshard", "logits", "expert_bias"} | LATER
+    assert groups <= set(SCORES) | {"aux", "drop", "bias_update", "gshard", "logits", "expert_bias"} | OTHERS
+
+
+@pytest.mark.parametrize("top_k", [1, K])
+def test_sinkhorn(top_k):
+    # the reference scales exp(logits) in float32
+    logits = DATA["logits"].float()
+    settings = SinkhornConfig(top_k=top_k, score="sigmoid" if top_k == 1 else "softmax")
+    valid = torch.ones(1, logits.shape[0], dtype=torch.bool)
+    assert_close(sinkhorn(logits[None], valid, settings.tolerance)[0], DATA["sinkhorn"], kind="golden")
+    made = settings.build(1, logits.shape[1], dtype=logits.dtype)
+    routing = made.route(logits, context(logits.shape[0]))
+    assert torch.equal(routing.expert_TK, DATA["sinkhorn"].topk(top_k, dim=1).indices)
+    activated = torch.sigmoid(logits) if top_k == 1 else torch.softmax(logits, dim=1)
+    assert_close(routing.weight_TK, activated.gather(1, routing.expert_TK), kind="golden")
+
+
+def test_base_assignment():
+    tokens = DATA["base.assignment"].numel()
+    logits = DATA["logits"][:tokens]
+    made = BaseConfig(epsilon=1e-3).build(1, logits.shape[1], dtype=logits.dtype)
+    routing = made.route(logits, context(tokens))
+    assert torch.equal(routing.selected, torch.bincount(DATA["base.assignment"], minlength=logits.shape[1]))
+    affinity, best = logits.gather(1, routing.expert_TK), DATA["base.total_affinity"]
+    assert best * 0.99 <= affinity.sum() <= best + 1e-9
+    assert_close(routing.weight_TK, torch.sigmoid(affinity), kind="golden")
+
+
+def test_expert_choice():
+    logits, expected = DATA["logits"], DATA["expert_choice.token_index"]
+    factor = number(r"T\*([\d.]*\d)/E", META["tensor_groups"]["expert_choice.*"])
+    made = ExpertChoiceConfig(factor=factor).build(1, logits.shape[1], dtype=logits.dtype)
+    selected, weight = dense_map(made.route(logits, context(logits.shape[0])))
+    assert torch.equal(selected, torch.zeros_like(selected).scatter(0, expected.T, True))
+    assert_close(weight, torch.zeros_like(weight).scatter(0, expected.T, DATA["expert_choice.weight"].T), kind="golden")
 
 
 @pytest.mark.parametrize("name", SCORES, ids=lambda name: f"{SLUG}-{name}")

@@ -52,6 +52,18 @@ def test_kill_one_process_and_continue_bit_for_bit(workspace, reference):
     assert losses(workspace / "killed") == reference
 
 
+def test_schedules_of_the_router_continue_bit_for_bit(workspace):
+    """More and more experts, and a router that is trained in the middle of training only."""
+    settings = ["router.top_k_start=1", "router.top_k=4", "router.trained_from=0.3", "router.trained_until=0.9"]
+    whole = moetrain("train", *TINY, *settings, "run.dir=schedules-whole", folder=workspace)
+    assert whole.returncode == 0, whole.stderr
+    killed = start(*settings, "run.dir=schedules-killed", folder=workspace, MOETRAIN_FAULT="step.begin:0:6:kill")
+    assert killed.wait(60) == -signal.SIGKILL
+    again = moetrain("train", *TINY, *settings, "run.dir=schedules-killed", folder=workspace)
+    assert again.returncode == 0, again.stderr
+    assert losses(workspace / "schedules-killed") == losses(workspace / "schedules-whole")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_kill_a_rank_and_continue_bit_for_bit(workspace, rank):
     whole, run = f"ep-whole-{rank}", f"ep-killed-{rank}"
@@ -63,6 +75,23 @@ def test_kill_a_rank_and_continue_bit_for_bit(workspace, rank):
     again = moetrain("train", *TINY, *EP, f"run.dir={run}", folder=workspace)
     assert again.returncode == 0, again.stderr
     assert losses(workspace / run) == losses(workspace / whole)
+
+
+def test_kill_a_rank_whose_experts_have_moved_continue_bit_for_bit_then_resume_on_one_rank(workspace):
+    moving = ["parallel=fssdp", "parallel.fssdp.reshard_every=2", "launch.nproc_per_node=2", "schedule=constant"]
+    assert moetrain("train", *TINY, *moving, "run.dir=moving", "train.steps=10", folder=workspace).returncode == 0
+    whole = losses(workspace / "moving")
+    killed = start(*moving, "run.dir=moving-killed", folder=workspace, MOETRAIN_FAULT="step.begin:1:6:kill")
+    _, stderr = killed.communicate(timeout=120)
+    assert "rank 1 was killed by SIGKILL" in stderr
+    assert any(line.get("experts_moved") for line in lines(workspace / "moving-killed") if line["step"] <= 4)
+    again = moetrain("train", *TINY, *moving, "run.dir=moving-killed", folder=workspace)
+    assert "continuing after step 4" in again.stdout, again.stderr
+    assert losses(workspace / "moving-killed") == whole[:8]
+    alone = ["parallel=ep", "launch.nproc_per_node=1", "schedule=constant", "train.steps=10"]
+    last = moetrain("train", *TINY, *alone, "run.dir=moving-killed", folder=workspace)
+    assert "continuing after step 8" in last.stdout, last.stderr
+    close(losses(workspace / "moving-killed"), whole)
 
 
 def test_kill_the_launcher_leaves_no_orphans_and_the_run_continues(workspace):

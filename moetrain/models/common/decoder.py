@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.errors import ConfigError, Problem
 from moetrain.models.common.attention import AttentionInput, KeyValueCache, SoftmaxAttention
 from moetrain.models.common.init import Init
 from moetrain.models.common.layers import Linear
@@ -23,11 +25,14 @@ from moetrain.moe.context import ForwardContext
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers.base import tie_routers
 
+NOT_CAUSAL = "is not causal: a token's experts depend on later tokens, which a decoder refuses unless router.allow_future=true"
+
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + channel(norm(x)). The channel block is a dense FFN or an MoE layer.
+    """x + attention(norm(x)), then + channel(norm(x)). The channel block is a dense FFN or an MoE layer, whose mixer may
+    replace the sum.
 
-    recompute: activation checkpointing; routing decisions of the first pass are reused in the second.
+    recompute: activation checkpointing; routing decisions and carried state of the first pass are reused in the second.
     """
 
     def __init__(self, *, name: str, attn_norm: nn.Module, attn: SoftmaxAttention, ffn_norm: nn.Module, ffn: nn.Module) -> None:
@@ -40,27 +45,32 @@ class Block(nn.Module):
         if not (self.recompute and torch.is_grad_enabled()):
             return self.compute(x, shared, ctx)
 
+        carry = dict(ctx.carry)
+
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _recomputation(ctx)
+            return nullcontext(), _recomputation(ctx, carry)
 
         # no draws from torch's generators happen inside: noise is counter-based
         return checkpoint(self.compute, x, shared, ctx, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 
     def compute(self, x: Tensor, shared: AttentionInput, ctx: ForwardContext) -> Tensor:
-        if isinstance(self.ffn, MoELayer):
-            self.ffn.prefetch(ctx.at(self.name))
+        if not isinstance(self.ffn, MoELayer):
+            x = x + self.attn(self.attn_norm(x), shared)
+            return x + self.ffn(self.ffn_norm(x))
+        layer, mixer = ctx.at(self.name), self.ffn.mixer
+        self.ffn.prefetch(layer)
         x = x + self.attn(self.attn_norm(x), shared)
-        normed = self.ffn_norm(x)
-        return x + (self.ffn(normed, ctx.at(self.name)) if isinstance(self.ffn, MoELayer) else self.ffn(normed))
+        return mixer(x, self.ffn(self.ffn_norm(mixer.look_ahead(x, layer)), layer), layer)
 
 
 @contextmanager
-def _recomputation(ctx: ForwardContext) -> Iterator[None]:
-    ctx.recomputing = True
+def _recomputation(ctx: ForwardContext, carry: dict[str, Any]) -> Iterator[None]:
+    """carry: as it was when the block was entered."""
+    ctx.recomputing, ctx.carry, after = True, dict(carry), ctx.carry
     try:
         yield
     finally:
-        ctx.recomputing = False
+        ctx.recomputing, ctx.carry = False, after
 
 
 class Decoder(nn.Module):
@@ -68,6 +78,7 @@ class Decoder(nn.Module):
 
     rope_theta: None without rotary embedding. logit_scale: factor on the final hidden states. head: None if the
     output is tied to the embedding. compute_dtype: dtype of activations. vocabulary: replaced by ``parallel.parallelize``.
+    Raises ConfigError for a router that is not causal.
     """
 
     def __init__(
@@ -86,6 +97,9 @@ class Decoder(nn.Module):
         splits: Mapping[str, Split] = SPLITS,
     ) -> None:
         super().__init__()
+        for block in blocks:
+            if isinstance(block.ffn, MoELayer) and not block.ffn.router.causal:
+                raise ConfigError([Problem("router", type(block.ffn.router).__name__, NOT_CAUSAL)])
         parameter_dtype = next(norm.parameters()).dtype
         self.embed = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=parameter_dtype))
         # before the layers, so that its parameters have their names from here

@@ -16,7 +16,7 @@ from moetrain.ops.noise import hash_text
 class Init(Protocol):
     """Fills a tensor in place; a matrix is [..., out, in]."""
 
-    def __call__(self, tensor: Tensor, generator: torch.Generator) -> None: ...
+    def __call__(self, tensor: Tensor, generator: torch.Generator, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Constant:
 def draw(name: str, shape: torch.Size | tuple[int, ...], init: Init, *, seed: int, dtype: torch.dtype) -> Tensor:
     """The full initial value of one logical tensor, on CPU. It is the same for every layout.
 
-    Drawn in float32 unless dtype is float64: bfloat16 and float32 runs start from the same numbers.
+    Floating-point numbers are drawn in float32 unless dtype is float64: bfloat16 and float32 runs start from the same ones.
     """
     # CPU generators use only the low 32 bits of a seed
     generator = torch.Generator().manual_seed(hash_text(f"{seed}/{name}", bits=32))
-    tensor = torch.empty(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    tensor = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype)
     init(tensor, generator)
     return tensor.to(dtype)

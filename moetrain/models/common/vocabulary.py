@@ -21,6 +21,10 @@ class Vocabulary(Protocol):
         """logits [T, V] -> logarithm of the sum of their exponentials [T]."""
         ...
 
+    def sum(self, values: Tensor) -> Tensor:
+        """values [T, V] -> sum over the vocabulary [T]."""
+        ...
+
     def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
         """Sum in nats over the targets [T] int64 other than ``ignore``. logits: [T, V]."""
         ...
@@ -34,6 +38,9 @@ class WholeVocabulary:
 
     def log_partition(self, logits: Tensor) -> Tensor:
         return torch.logsumexp(logits, dim=1)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values.sum(dim=1)
 
     def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
         return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")

@@ -1,9 +1,10 @@
 """Load-balance losses: sum over experts of f_e * P_e, f_e the share of choices (no gradient), P_e the mean probability.
 
-They differ in what counts as a choice, over which tokens the means run and how f is normalised. All but
-``normalisation=per_token`` are 1 at perfect balance. Sources: GShard (2006.16668), Switch (2101.03961 eq. 4-6),
-DeepSeekMoE (2401.06066 eq. 12-17), DeepSeek-V2 (2405.04434 eq. 23-31), DeepSeek-V3 (2412.19437 eq. 17-20),
-Qwen's global-batch loss (2501.11873), AdaMoE's of null experts (2406.13233).
+They differ in what counts as a choice, over which tokens the means run and how f is normalised. With one choice per
+token all are 1 at perfect balance, with several all but ``normalisation=per_token`` and ``gate_balance``.
+Sources: GShard (2006.16668), Switch (2101.03961 eq. 4-6), DeepSeekMoE (2401.06066 eq. 12-17), DeepSeek-V2 (2405.04434
+eq. 23-31), DeepSeek-V3 (2412.19437 eq. 17-20), Qwen's global-batch loss (2501.11873), EvoMoE (2112.14397), AdaMoE's of
+null experts (2406.13233).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
 from moetrain.moe.experts.zero import count_zero_experts
-from moetrain.moe.losses.base import GroupSums, Loss
+from moetrain.moe.losses.base import GroupSums, Loss, sum_by_group
 from moetrain.moe.routing import PAD, Routing
 from moetrain.registry import register
 
@@ -186,6 +187,32 @@ class CommunicationBalance(Loss):
         device = torch.where(routing.expert == PAD, devices, routing.expert // size)
         reached[routing.token, device] = 1
         return reached[:, :devices].view(num_groups, -1, devices).sum(1)
+
+
+@register("loss", "gate_balance", source="EvoMoE 2112.14397")
+@dataclass(kw_only=True)
+class GateBalanceConfig(Component):
+    """E * sum_e (mean weight of e) * (share of tokens that select e); 1 with one choice each at balance, E if dense and even."""
+
+    coefficient: float = setting(0.01, doc="weight of the loss; the number of selected experts scales its push", ge=0)
+    scope: BalanceScope = setting("sequence", doc=_SCOPE_DOC)
+
+    def build(self) -> GateBalance:
+        return GateBalance(self)
+
+
+class GateBalance(Loss):
+    def __init__(self, config: GateBalanceConfig) -> None:
+        super().__init__(coefficient=config.coefficient, scope=config.scope)
+
+    def forward(self, routing: Routing, ctx: RouterContext) -> Tensor:
+        sums = GroupSums(routing, ctx, self.scope)
+        weights = routing.weight.new_zeros(routing.num_tokens, routing.selected.numel())
+        real = routing.expert.clamp_min(0)  # PAD entries weigh nothing
+        weights = weights.index_put((routing.token, real), routing.weight, accumulate=True)
+        tokens = sums.tokens.clamp_min(1)[:, None]
+        product = sums.counts / tokens * sum_by_group(weights, ctx, self.scope) / tokens
+        return sums.mean_over_groups(product.sum(1) * sums.counts.shape[1])
 
 
 def _fits(field: str, value: int, num_experts: int, router: Any) -> Iterable[Problem]:

@@ -33,6 +33,13 @@ def sum_by_group(values: Tensor, ctx: RouterContext, scope: Scope, num_groups: i
     return ctx.reduce(values.view(groups, tokens // groups, experts).sum(1), scope)
 
 
+def mean_over_tokens(values: Tensor, ctx: RouterContext) -> Tensor:
+    """Mean of values [T] over the valid tokens; zero (with gradient) if there are none."""
+    if ctx.valid is None:
+        return values.mean()
+    return torch.where(ctx.valid, values, 0.0).sum() / ctx.valid.sum().clamp_min(1)
+
+
 class GroupSums:
     """Per token group g of a scope: choices per expert and summed probabilities.
 

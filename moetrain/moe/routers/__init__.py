@@ -1,6 +1,40 @@
 """Routers: tokens -> Routing."""
 
-from moetrain.moe.routers import cosine, recurrent, residual, top_p, topk
+from moetrain.moe.routers import (
+    assignment,
+    comet,
+    cosine,
+    dense_to_sparse,
+    dselect,
+    expert_choice,
+    hashing,
+    moduleformer,
+    noisy,
+    recurrent,
+    residual,
+    sparsemixer,
+    stochastic,
+    top_p,
+    topk,
+)
 from moetrain.moe.routers.base import LinearRouter, Router
 
-__all__ = ["LinearRouter", "Router", "cosine", "recurrent", "residual", "top_p", "topk"]
+__all__ = [
+    "LinearRouter",
+    "Router",
+    "assignment",
+    "comet",
+    "cosine",
+    "dense_to_sparse",
+    "dselect",
+    "expert_choice",
+    "hashing",
+    "moduleformer",
+    "noisy",
+    "recurrent",
+    "residual",
+    "sparsemixer",
+    "stochastic",
+    "top_p",
+    "topk",
+]

@@ -34,6 +34,8 @@ class CosineTopKRouterConfig(TopKRouterConfig):
         yield from super().problems(path)
         if self.logit_bias:
             yield Problem(f"{path}.logit_bias", True, "must be false: cosines have no bias")
+        if not self.trained:
+            yield Problem(f"{path}.trained", False, "must be true: only linear routers can be random")
 
     def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> CosineTopKRouter:
         return CosineTopKRouter(self, hidden_size, num_experts, dtype=dtype)

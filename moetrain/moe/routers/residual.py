@@ -48,7 +48,7 @@ class ResidualTopKRouter(TopKRouter):
         columns = num_experts + config.zero_experts.count
         units = config.hidden_multiple * columns
         super().__init__(config, units or hidden_size, num_experts, dtype=dtype)
-        self.initial = {"residual": 0.0}
+        self.initial = {**self.initial, "residual": 0.0}
         self.standard_deviation = config.standard_deviation
         self.hidden = nn.Parameter(torch.empty(units, hidden_size, dtype=dtype)) if units else None
         self.residual = nn.Parameter(torch.empty(columns, columns, dtype=dtype))
@@ -60,7 +60,7 @@ class ResidualTopKRouter(TopKRouter):
             x = torch.tanh(nn.functional.linear(x, self.hidden.to(x.dtype)))
         return super().logits(x)
 
-    def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
+    def route(self, logits: Tensor, ctx: RouterContext, noise_std: Tensor | None = None) -> Routing:
         """logits: [T, E'] of this layer alone -> Routing."""
         previous = ctx.take_over("scores")
         if previous is not None:
@@ -68,4 +68,4 @@ class ResidualTopKRouter(TopKRouter):
         ctx.hand_over("scores", logits)
         if self.standard_deviation is not None:
             logits = logits * (self.standard_deviation / logits.std(dim=1, keepdim=True))
-        return super().route(logits, ctx)
+        return super().route(logits, ctx, noise_std)

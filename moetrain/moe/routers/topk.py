@@ -22,6 +22,7 @@ from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
+from moetrain.moe.schedules import TopKSchedule, scheduled_top_k
 from moetrain.ops import noise
 from moetrain.registry import register
 
@@ -37,6 +38,11 @@ class TopKRouterConfig(Component):
     """Linear router: each token takes its K best experts."""
 
     top_k: int = setting(doc="experts per token", ge=1, follows="model.top_k")
+    top_k_start: int | None = setting(None, doc="experts per token in the first step, on the way to top_k; default: top_k", ge=1)
+    top_k_schedule: TopKSchedule = setting("linear", doc="the way from top_k_start to top_k (SMoE-Dropout); step: doubled or halved")
+    trained: bool = setting(True, doc="false: random weights that stay as they are (SMoE-Dropout)")
+    trained_from: float = setting(0.0, doc="part of training after which the router is trained; frozen before", ge=0, lt=1)
+    trained_until: float = setting(1.0, doc="part of training after which the router is frozen", gt=0, le=1)
     score: Score = setting("softmax", doc="affinity from the logits; softmax is over all experts")
     selected_softmax: bool = setting(False, doc="weights are the softmax over the K selected scores (GPT-OSS, Granite, JetMoE)")
     renormalise: bool = setting(False, doc="divide the K weights of a token by their sum")
@@ -63,6 +69,10 @@ class TopKRouterConfig(Component):
     )
 
     def problems(self, path: str) -> Iterable[Problem]:
+        if self.trained_from >= self.trained_until:
+            yield Problem(f"{path}.trained_from", self.trained_from, f"must be < {path}.trained_until ({self.trained_until})")
+        if not self.trained and (self.trained_from > 0 or self.trained_until < 1):
+            yield Problem(f"{path}.trained", False, f"needs {path}.trained_from=0 and {path}.trained_until=1: it is never trained")
         if self.groups_per_token > self.num_groups:
             yield Problem(f"{path}.groups_per_token", self.groups_per_token, f"must be <= {path}.num_groups ({self.num_groups})")
         if self.bias_update_rate and not self.selection_bias:
@@ -81,13 +91,16 @@ class TopKRouterConfig(Component):
     def check(self, path: str, *, num_experts: int) -> Iterable[Problem]:
         """Rules that involve the number of experts."""
         columns = num_experts + self.zero_experts.count
+        if self.top_k_start is not None and self.top_k_start > columns:
+            yield Problem(f"{path}.top_k_start", self.top_k_start, f"must be <= the {columns} experts")
         if columns % self.num_groups:
             yield Problem(f"{path}.num_groups", self.num_groups, f"must divide the {columns} experts")
             return
         size = columns // self.num_groups
-        if self.num_groups > 1 and self.groups_per_token * size < self.top_k:
-            allowed = self.groups_per_token * size
-            yield Problem(f"{path}.top_k", self.top_k, f"must be <= the {allowed} experts in {self.groups_per_token} groups of {size}")
+        allowed = self.groups_per_token * size
+        for name, top_k in (("top_k", self.top_k), ("top_k_start", self.top_k_start or 1)):
+            if self.num_groups > 1 and allowed < top_k:
+                yield Problem(f"{path}.{name}", top_k, f"must be <= the {allowed} experts in {self.groups_per_token} groups of {size}")
         if self.num_groups > 1 and self.group_score_experts > size:
             yield Problem(f"{path}.group_score_experts", self.group_score_experts, f"must be <= the {size} experts of a group")
 
@@ -101,20 +114,26 @@ class TopKRouterConfig(Component):
 
 
 class TopKRouter(LinearRouter):
-    """See the module's docstring. Selection bias is a buffer [E'], float32, never touched by the optimizer."""
+    """See the module's docstring. Selection bias is a buffer [E'], float32, never touched by the optimizer.
+
+    top_k: experts per token at present; a schedule moves it, and evaluation may set it.
+    """
 
     selection_bias: Tensor | None
+    top_k: int
 
     def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
         columns = num_experts + config.zero_experts.count
-        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, dtype=dtype)
+        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, trained=config.trained, dtype=dtype)
         self.config = config
+        self.top_k = config.top_k
         buffer = torch.zeros(columns, dtype=torch.promote_types(dtype, torch.float32)) if config.selection_bias else None
         self.register_buffer("selection_bias", buffer)
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
-        return self.route(self.logits(self.jittered(x, ctx)), ctx)
+        x = self.jittered(x, ctx)
+        return self.route(self.logits(x), ctx, noise_std=self.noise_std(x) if ctx.training else None)
 
     def jittered(self, x: Tensor, ctx: RouterContext) -> Tensor:
         """The input [T, D] of the scores."""
@@ -123,22 +142,32 @@ class TopKRouter(LinearRouter):
         draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         return x * (1 + self.config.jitter * (2 * draws - 1))
 
-    def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
-        """logits: [T, E'] in at least float32 -> Routing."""
+    def noise_std(self, x: Tensor) -> Tensor | None:
+        """[T, E'] deviations of the noise on the logits of x [T, D] if they are learned, else None."""
+        return None
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Experts per token of this step, and whether the router is trained in it."""
+        config = self.config
+        if config.top_k_start is not None:
+            self.top_k = scheduled_top_k(config.top_k_start, config.top_k, step, total_steps, config.top_k_schedule)
+        self.frozen = not config.trained_from * total_steps <= step < config.trained_until * total_steps
+
+    def route(self, logits: Tensor, ctx: RouterContext, noise_std: Tensor | None = None) -> Routing:
+        """logits: [T, E'] in at least float32 -> Routing. noise_std: deviations of their noise in training [T, E'];
+        default: logit_noise / E' for all."""
         config = self.config
         if config.logit_soft_cap:
             logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
         aux = {}
-        if config.logit_noise and ctx.training:
-            std = config.logit_noise / self.num_columns
-            aux = {"clean_logits": logits, "noise_std": torch.tensor(std, dtype=logits.dtype, device=logits.device)}
-            logits = logits + std * noise.normal(self.draws("logit_noise", logits, ctx)).to(logits.dtype)
+        if noise_std is None and config.logit_noise:
+            noise_std = torch.tensor(config.logit_noise / self.num_columns, dtype=logits.dtype, device=logits.device)
+        if noise_std is not None and ctx.training:
+            aux = {"clean_logits": logits, "noise_std": noise_std}
+            logits = logits + noise_std * noise.normal(self.draws("logit_noise", logits, ctx)).to(logits.dtype)
         probs = distribution(logits, config.score)
         scores = probs if config.score == "softmax" else score(logits, config.score)
-        if config.sampling != "none" and ctx.training:
-            index = ctx.once("select", lambda: self.sample(logits.detach(), ctx))
-        else:
-            index = ctx.once("select", lambda: self.select(scores.detach()))
+        index = ctx.once("select", lambda: self.choose(logits.detach(), scores.detach(), ctx))
         weight = scores.gather(1, index)
         if config.selected_softmax:
             weight = torch.softmax(weight, dim=1)
@@ -163,6 +192,12 @@ class TopKRouter(LinearRouter):
             aux=aux,
         )
 
+    def choose(self, logits: Tensor, scores: Tensor, ctx: RouterContext) -> Tensor:
+        """Indices [T, K] of the chosen experts. logits, scores: [T, E'] without gradient."""
+        if self.config.sampling != "none" and ctx.training:
+            return self.sample(logits, ctx)
+        return self.select(scores)
+
     def select(self, scores: Tensor) -> Tensor:
         """Indices [T, K] of the chosen experts, best first. scores: [T, E'] without gradient."""
         config = self.config
@@ -170,15 +205,15 @@ class TopKRouter(LinearRouter):
             scores = scores + self.selection_bias.to(scores.dtype)
         if config.num_groups > 1:
             scores = limit_groups(scores, config.num_groups, config.groups_per_token, config.group_score_experts)
-        return scores.topk(config.top_k, dim=1).indices
+        return scores.topk(self.top_k, dim=1).indices
 
     def sample(self, logits: Tensor, ctx: RouterContext) -> Tensor:
         """Indices [T, K] drawn without replacement with the softmax's probabilities; the best is first if ``later``."""
         noisy = logits + noise.gumbel(self.draws("sampling", logits, ctx))
         if self.config.sampling == "all":
-            return noisy.topk(self.config.top_k, dim=1).indices
+            return noisy.topk(self.top_k, dim=1).indices
         first = logits.argmax(dim=1, keepdim=True)
-        later = noisy.scatter(1, first, -torch.inf).topk(self.config.top_k - 1, dim=1).indices
+        later = noisy.scatter(1, first, -torch.inf).topk(self.top_k - 1, dim=1).indices
         return torch.cat([first, later], dim=1)
 
     def draws(self, site: str, logits: Tensor, ctx: RouterContext) -> Tensor:

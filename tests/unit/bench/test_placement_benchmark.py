@@ -33,7 +33,7 @@ def test_traces_are_reproducible_with_distinct_choices(bench, kind):
 def test_skew_of_traces(bench):
     imbalance = {kind: bench.rank_imbalance(bench.routing_trace(kind, 2, 4096, 16, 2, 0), 16, 4) for kind in ("uniform", "zipf:1.2", "one")}
     assert imbalance["uniform"] < 1.05
-    assert 3.2 < imbalance["zipf:1.2"] < 3.4, "the figure that issue and reports name"
+    assert 3.2 < imbalance["zipf:1.2"] < 3.4, "choices are those of a router with noise, sharper than draws from a Zipf law"
     assert imbalance["one"] == 4
 
 

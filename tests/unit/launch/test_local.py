@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,7 @@ def trained(monkeypatch):
         calls.append((config, ranks, run_dir, sorted(p.name for p in run_dir.iterdir()), torch.get_num_threads()))
         return {"status": "complete", "step": config.train.steps, "run_dir": str(run_dir)}
 
-    monkeypatch.setattr(moetrain.data, "prepare", lambda data, *, progress: None)
-    monkeypatch.setattr(moetrain.train.run, "check_vocabulary", lambda config, data: None)
+    monkeypatch.setattr(moetrain.data, "prepare", lambda data, *, progress: SimpleNamespace(vocab_size=64))
     monkeypatch.setattr(moetrain.train.run, "run_training", run_training)
     threads = torch.get_num_threads()
     yield calls

@@ -66,15 +66,6 @@ def zeroed(router: ResidualTopKRouter) -> ResidualTopKRouter:
     return router
 
 
-def test_a_recomputed_layer_takes_over_what_it_did_at_first() -> None:
-    routers, ctx = [make(i) for i in range(3)], context()
-    first = through(routers, ctx)
-    ctx.recomputing = True
-    for i in (2, 1, 0):  # the order of the backward pass
-        again = routers[i](inputs(i), ctx.at(f"layers.{i}"))
-        assert torch.equal(again.logits, first[i].logits) and torch.equal(again.weight, first[i].weight)
-
-
 def test_scores_may_come_from_two_layers_and_be_scaled_to_a_deviation() -> None:
     router = make(hidden_multiple=2, standard_deviation=0.5)
     assert router.hidden is not None and router.weight.shape == (COLUMNS, 2 * COLUMNS)

@@ -78,15 +78,6 @@ def test_ablations_change_values_as_they_say() -> None:
     assert_close(restarted[-1].logits, gru(router.cell, inputs(LAYERS - 1) @ router.projection.T, zero) @ router.weight.T, "layout")
 
 
-def test_a_recomputed_layer_starts_from_the_state_that_it_had_at_first() -> None:
-    routers, ctx = make(), ForwardContext(batch_size=1, seq_len=T, training=True)
-    first = through(routers, ctx=ctx)
-    ctx.recomputing = True
-    for i in reversed(range(LAYERS)):
-        again = routers[i](inputs(i), ctx.at(f"layers.{i}"))
-        assert torch.equal(again.logits, first[i].logits) and torch.equal(again.weight, first[i].weight)
-
-
 def test_the_layers_of_a_model_share_one_cell() -> None:
     scenario = SCENARIOS["recurrent"]
     with torch.device("meta"):

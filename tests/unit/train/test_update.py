@@ -24,6 +24,9 @@ class OneLayer:
     def parameters(self):
         return iter([("weight", self.weight), ("norm.weight", self.norm)])
 
+    def frozen_routers(self):
+        return []
+
     def clip_gradients(self, max_norm):
         return torch.linalg.vector_norm(torch.cat([p.grad.flatten() for _, p in self.parameters()]).double())
 

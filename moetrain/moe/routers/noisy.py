@@ -1,0 +1,57 @@
+"""Noisy top-k: the spread of the noise on each logit is learned (Shazeer et al., 1701.06538 eq. 3-5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moetrain.config import setting
+from moetrain.errors import Problem
+from moetrain.moe.routers.base import at_least_float32
+from moetrain.moe.routers.topk import Score, TopKRouter, TopKRouterConfig
+from moetrain.registry import register
+
+
+@register("router", "noisy_topk", source="Shazeer 1701.06538 eq. 3-5")
+@dataclass(kw_only=True)
+class NoisyTopKRouterConfig(TopKRouterConfig):
+    """Top-k of logits with learned noise in training, softmax over the K; otherwise the settings of topk."""
+
+    score: Score = setting("logit", doc="affinity from the noisy logits")
+    selected_softmax: bool = setting(True, doc="weights are the softmax over the K selected scores")
+    noise_epsilon: float = setting(0.01, doc="smallest deviation of the noise; the rest is softplus(x W_noise)", gt=0)
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        yield from super().problems(path)
+        if self.logit_noise:
+            yield Problem(f"{path}.logit_noise", self.logit_noise, "must be 0: this router learns its noise")
+        if not self.trained:
+            yield Problem(f"{path}.trained", False, "must be true: only linear routers can be random")
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Names that a routing has in ``aux`` in training."""
+        return frozenset({"clean_logits", "noise_std"})
+
+    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> NoisyTopKRouter:
+        return NoisyTopKRouter(self, hidden_size, num_experts, dtype=dtype)
+
+
+class NoisyTopKRouter(TopKRouter):
+    """weight, noise_weight: [E', D]. Both start at zero, which makes the first choices even and random (appendix A)."""
+
+    initial = {"weight": 0.0, "noise_weight": 0.0}
+
+    def __init__(self, config: NoisyTopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
+        super().__init__(config, hidden_size, num_experts, dtype=dtype)
+        self.noise_weight = nn.Parameter(torch.empty(self.num_columns, hidden_size, dtype=dtype))
+        self.epsilon = config.noise_epsilon
+
+    def noise_std(self, x: Tensor) -> Tensor:
+        """[T, E']: softplus(x W_noise^T) + epsilon, in at least float32."""
+        x = at_least_float32(x)
+        return F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + self.epsilon
