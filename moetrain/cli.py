@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from moetrain.errors import ConfigError, MoetrainError, Problem
+
+ARXIV_ID = re.compile(r"\d{4}\.\d{5}")
 
 OVERVIEW = """\
 moetrain: trains sparse Mixture-of-Experts models
@@ -285,7 +288,8 @@ def list_components(arguments: list[str]) -> int:
             table.add_row(name, (component.__doc__ or "").strip().splitlines()[0], getattr(component, "source", ""))
         for name in shipped(group):
             if name not in registry.components(group):
-                table.add_row(name, preset_comment(group, name), "preset")
+                comment = preset_comment(group, name)
+                table.add_row(name, comment, ", ".join(ARXIV_ID.findall(comment)) or "preset")
         console.print(table, highlight=False)
         console.print()
     return 0

@@ -214,6 +214,14 @@ class RouterContext:
     def name(self) -> str:
         return f"{self.layer}.{self.family}"
 
+    def take_over(self, site: str) -> Tensor | None:
+        """The tensor that the layer of this family before this one has handed over, with its gradient; None in the first."""
+        return self.carry.get(f"{self.family}/{site}")
+
+    def hand_over(self, site: str, state: Tensor) -> None:
+        """Leave a tensor for the next layer of this family in the same pass."""
+        self.carry[f"{self.family}/{site}"] = state
+
     def once(self, site: str, decide: Callable[[], T]) -> T:
         """The result of ``decide()``, evaluated without gradient, once per pass: a forward that activation
         checkpointing repeats gets the first pass's result back.

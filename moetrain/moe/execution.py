@@ -19,7 +19,7 @@ from moetrain.ops.permute import combine_rows, gather_rows
 
 
 class Executor(Protocol):
-    """y [T, D'] = sum over a token's entries of weight * expert(x [T, D])."""
+    """y [T, D'] = sum over a token's entries of weight * expert(x [T, D]), zero-computation experts left out."""
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor: ...
 
@@ -70,15 +70,6 @@ def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
     return Order(entry=order, token=routing.token[order], counts=counts[1 : experts + 1], place_TK=place_TK)
 
 
-def add_identity_experts(y: Tensor, x: Tensor, routing: Routing) -> Tensor:
-    """Add the contribution of zero-computation identity experts (ids >= num_experts): weight * x."""
-    if routing.selected.numel() == routing.num_experts:
-        return y
-    weight = torch.where(routing.expert >= routing.num_experts, routing.weight, 0.0)
-    share = torch.zeros(routing.num_tokens, dtype=weight.dtype, device=weight.device).index_add(0, routing.token, weight)
-    return y + share[:, None] * x.to(weight.dtype)
-
-
 class LocalExecutor:
     """All experts are on this rank."""
 
@@ -89,5 +80,4 @@ class LocalExecutor:
         order = sort_entries(routing)
         rows = gather_rows(x, order.token, order.place_TK)
         y = experts.compute(rows, order.counts, experts.weights())
-        y = combine_rows(y, routing.weight[order.entry], order.token, routing.num_tokens, order.place_TK)
-        return add_identity_experts(y, x, routing).to(x.dtype)
+        return combine_rows(y, routing.weight[order.entry], order.token, routing.num_tokens, order.place_TK).to(x.dtype)

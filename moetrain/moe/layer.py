@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetrain.moe.capacity import Capacity
 from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.execution import Executor, LocalExecutor
-from moetrain.moe.experts import Experts
+from moetrain.moe.experts import Experts, ZeroExperts
 from moetrain.moe.losses import Loss
 from moetrain.moe.mixers import Mixer, Residual, ResidualConfig
 from moetrain.moe.routers import Router
@@ -25,8 +25,9 @@ from moetrain.moe.routing import Routing
 class MoELayer(nn.Module):
     """x [B, S, D] or [T, D] -> y of the same shape. Statistics and weighted losses go to the forward context.
 
-    shared: an FFN that sees every token, or None. mixer: how y enters the residual stream, for the block around this
-    layer. executor: replaced by ``parallel.parallelize``.
+    zero_experts: what the ids from num_experts on contribute, or None if they contribute nothing. shared: an FFN that sees
+    every token, or None. mixer: how y enters the residual stream, for the block around this layer. executor: replaced by
+    ``parallel.parallelize``.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MoELayer(nn.Module):
         capacity: Capacity,
         experts: Experts,
         losses: Mapping[str, Loss],
+        zero_experts: ZeroExperts | None = None,
         shared: nn.Module | None = None,
         mixer: Mixer | None = None,
     ) -> None:
@@ -44,6 +46,7 @@ class MoELayer(nn.Module):
         self.capacity = capacity
         self.experts = experts
         self.losses = nn.ModuleDict(losses)
+        self.zero_experts = zero_experts
         self.shared = shared
         self.mixer = mixer or Residual()
         self.executor: Executor = LocalExecutor()
@@ -54,6 +57,8 @@ class MoELayer(nn.Module):
         executed = self.capacity(routing, ctx)
         self.record(routing, executed, ctx)
         y = self.executor(tokens, executed, self.experts, ctx)
+        if self.zero_experts is not None:
+            y = y + self.zero_experts(tokens, executed)
         y = y.view(-1, *x.shape[1:])  # an executor may return fewer tokens: a rank's run of them
         return y if self.shared is None else y + self.shared(x)
 
@@ -96,11 +101,13 @@ class MoEParts:
 
     def build(self, hidden_size: int, *, dtype: torch.dtype, shared: nn.Module | None = None) -> MoELayer:
         """One MoE layer for inputs of ``hidden_size`` features."""
+        zero_experts = getattr(self.router, "zero_experts", None)
         return MoELayer(
             router=self.router.build(hidden_size, self.experts.num_experts, dtype=dtype),
             capacity=self.capacity.build(),
             experts=self.experts.build(hidden_size, dtype=dtype),
             losses={name: config.build() for name, config in self.loss.items()},
+            zero_experts=None if zero_experts is None else zero_experts.build(hidden_size, dtype=dtype),
             shared=shared,
             mixer=self.mixer.build(),
         )

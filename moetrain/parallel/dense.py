@@ -12,7 +12,7 @@ of split parameters are complete, and those of whole ones are partial: they are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,6 +91,12 @@ def slice_tokens(model: Decoder, peers: Peers, expert_slices: ExpertSlices) -> N
     def scatter_output(module: nn.Module, args: Any, y: Tensor) -> Tensor:
         return reduce_scatter_rows(y.reshape(-1, y.shape[-1]), peers)
 
+    def narrow_input(module: nn.Module, args: tuple[Tensor, Routing]) -> tuple[Tensor, Routing]:
+        x, routing = args
+        count = routing.num_tokens // peers.size
+        first = peers.rank * count
+        return x[first : first + count], routing.narrow(first, count)
+
     for block in model.layers:
         assert isinstance(block, Block)
         block.attn.register_forward_pre_hook(gather_sequences)
@@ -98,6 +104,8 @@ def slice_tokens(model: Decoder, peers: Peers, expert_slices: ExpertSlices) -> N
         block.ffn.register_forward_pre_hook(gather_input)
         if isinstance(block.ffn, MoELayer):
             block.ffn.executor = SlicedExecutor(block.ffn.executor, expert_slices)
+            if block.ffn.zero_experts is not None:
+                block.ffn.zero_experts.register_forward_pre_hook(narrow_input)
         row_parallel = block.ffn.shared if isinstance(block.ffn, MoELayer) else block.ffn
         if row_parallel is not None:
             row_parallel.register_forward_hook(scatter_output)
@@ -133,9 +141,6 @@ class SlicedExecutor:
         routing = routing.narrow(first, count)
         if slices.partial is None:
             return self.inner(x[first : first + count], routing, experts, ctx)
-        if slices.partial.rank:
-            # partial results are summed: only one of them may hold what zero-computation experts contribute
-            routing = replace(routing, weight=torch.where(routing.expert >= routing.num_experts, 0.0, routing.weight))
         return reduce_scatter_rows(self.inner(x[first : first + count], routing, experts, ctx), slices.partial)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moetrain.moe.context import RouterContext
-from moetrain.moe.execution import add_identity_experts, sort_entries
+from moetrain.moe.execution import sort_entries
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.permute import combine_rows, gather_rows
@@ -281,7 +281,7 @@ class PlacedExecutor:
         else:
             compute = lambda rows: self.arrived(rows, nodes.arriving, weights, experts, copies)  # noqa: E731
             y = through_nodes(x, weight, nodes, self.links.tokens, compute)
-        y = add_identity_experts(y, x, routing).to(x.dtype)
+        y = y.to(x.dtype)
 
         for c in copies if self.rematerialize or not torch.is_grad_enabled() else ():
             # inside activation checkpointing the graph of the recomputed pass keeps the copies until the backward

@@ -357,7 +357,7 @@ def join(groups: Sequence[Sequence[int]], layout: Layout, ranks: Ranks) -> Peers
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybrid: bool) -> None:
-    """FSDP2 per block and for the rest; parameters named in ``owned`` are left alone.
+    """FSDP2 per block and for the rest, with what blocks share; parameters named in ``owned`` are left alone.
 
     Parameters are gathered in their own dtype (float32 masters): the router and the norms compute in it.
     """
@@ -365,6 +365,7 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, owned: frozenset[str], *, hybri
 
     ignored = {parameter for name, parameter in model.named_parameters() if name in owned}
     fsdp_mesh = mesh["replicate", "shard"] if hybrid else mesh["shard"]
+    tied = set(model.tied.parameters())
     for block in model.layers:
-        fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored)
+        fully_shard(block, mesh=fsdp_mesh, ignored_params=ignored | tied)
     fully_shard(model, mesh=fsdp_mesh, ignored_params=ignored)

@@ -130,15 +130,17 @@ def allocations(profiler: profile) -> tuple[int, int]:
         event = pending.pop()
         events.append(event)
         pending.extend(event.children)
+    # by address, not by the process's total: what is older than the trace may be freed within it
+    sizes: dict[int, int] = {}
     now = peak = marked = 0
-    before = None  # the counter goes on from earlier traces of the process
     for event in sorted(events, key=lambda event: event.start_time_ns):
         kind, fields = event.typed
         fields = cast(Any, fields)  # of the kind's own type
         if kind == _EventType.Allocation and fields.device.type == "cpu":
-            if before is None:
-                before = fields.total_allocated - fields.alloc_size
-            now = fields.total_allocated - before
+            now -= sizes.pop(fields.ptr, 0)
+            if fields.alloc_size > 0:
+                sizes[fields.ptr] = fields.alloc_size
+                now += fields.alloc_size
             peak = max(peak, now)
         elif event.name == FORWARD_END:
             marked = now

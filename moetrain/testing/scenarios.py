@@ -13,6 +13,7 @@ import moetrain.components  # noqa: F401
 from moetrain.models.deepseek_moe import DeepSeekMoEConfig
 from moetrain.models.glam import GLaMConfig
 from moetrain.moe.context import RouterContext
+from moetrain.moe.experts import ZeroExpertsConfig
 from moetrain.moe.layer import MoEParts
 from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing, ragged_routing
@@ -138,6 +139,39 @@ def ragged(**scenario: Any) -> Scenario:
     return made
 
 
+def top_p(**scenario: Any) -> Scenario:
+    """Top-p routing with the losses of its paper."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "top_p")(threshold=0.5)
+    balance = lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step", normalisation="per_token")
+    made.parts.loss = {"balance": balance, "entropy": lookup("loss", "entropy")(coefficient=0.1)}
+    return made
+
+
+def null_experts(**scenario: Any) -> Scenario:
+    """Null experts that take half of the choices: tokens with none to all of theirs computed."""
+    router = dict(renormalise=True, renormalise_null=False, zero_experts=ZeroExpertsConfig(num_null=6))
+    loss = {"balance": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step", pool_zero=True)}
+    return deepseek(top_k=3, router=router, loss=loss, **scenario)
+
+
+def gating_residuals(**scenario: Any) -> Scenario:
+    """MoE++: scores travel from layer to layer, every kind of zero-computation expert, loss and capacity by kind."""
+    made = deepseek(**scenario)
+    kinds = ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1)
+    made.parts.router = lookup("router", "residual_topk")(top_k=2, zero_experts=kinds, hidden_multiple=2)
+    made.parts.capacity = lookup("capacity", "slots_by_kind")(factor=0.9)
+    made.parts.loss = {"balance": lookup("loss", "heterogeneous_balance")(coefficient=0.05, scope="micro_step")}
+    return made
+
+
+def recurrent(**scenario: Any) -> Scenario:
+    """A recurrent state along depth, through a cell that all layers share."""
+    made = deepseek(**scenario)
+    made.parts.router = lookup("router", "recurrent_topk")(top_k=2, renormalise=True, state_size=5)
+    return made
+
+
 Skew = Literal["uniform", "zipf", "one"]
 
 
@@ -195,13 +229,19 @@ SCENARIOS = {
     "fewer_experts_than_ranks": deepseek(num_experts=2),
     "global_balance": deepseek(loss=GLOBAL, pad=True),
     "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
-    "zero_experts": deepseek(router=dict(num_zero_experts=2)),
+    "zero_experts": deepseek(router=dict(zero_experts=ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1))),
     "recompute": deepseek(recompute=True, pad=True),
     "accumulate": deepseek(micro_batch_size=1),
     "glam_capacity": glam(pad=True),
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
+    "top_p": top_p(pad=True),
+    "null_experts": null_experts(pad=True),
+    "recurrent": recurrent(pad=True),
+    "recurrent_recompute": recurrent(recompute=True),
+    "gating_residuals": gating_residuals(pad=True),
+    "gating_residuals_recompute": gating_residuals(recompute=True),
     "noisy_topk": routed("noisy_topk", dict(top_k=2), loss=VARIATION, pad=True),
     "moduleformer": routed("moduleformer", dict(top_k=2, gate_size=5, explored=1), loss=INFORMATION, pad=True, recompute=True),
     "hash": routed("hash", dict(top_k=2), pad=True),

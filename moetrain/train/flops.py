@@ -24,8 +24,11 @@ class FlopCounter:
         self.dense_per_token = 0
         self.attention_width = 0
         for module in model.modules():
-            if isinstance(module, (Linear, LinearRouter)):
+            if isinstance(module, Linear):
                 self.dense_per_token += 2 * module.weight.numel()
+            elif isinstance(module, LinearRouter):
+                weights = (*module.parameters(), *module.buffers())  # a router that is not trained has its matrix as a buffer
+                self.dense_per_token += 2 * sum(w.numel() for w in weights if w.dim() == 2)
             elif isinstance(module, SoftmaxAttention):
                 self.attention_width += module.num_heads * module.head_dim
         if model.head is None:

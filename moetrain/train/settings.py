@@ -13,6 +13,7 @@ from typing import Any, Literal
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.models.common.decoder import NOT_CAUSAL
+from moetrain.moe.experts.zero import count_zero_experts
 from moetrain.moe.mixers import ResidualConfig
 
 
@@ -111,8 +112,10 @@ class Config:
     def problems(self, path: str) -> Iterable[Problem]:
         """Rules across sections that hold for any number of ranks."""
         experts, top_k = self.experts.num_experts, getattr(self.router, "top_k", None)
-        if top_k is not None and top_k > experts:
-            yield Problem("router.top_k", top_k, f"must be <= experts.num_experts ({experts})")
+        columns = experts + count_zero_experts(self.router)
+        if top_k is not None and top_k > columns:
+            known = f"experts.num_experts ({experts})" if columns == experts else f"the {columns} experts and zero-computation experts"
+            yield Problem("router.top_k", top_k, f"must be <= {known}")
         if not getattr(self.router, "causal", True):
             yield Problem("router", self.router.kind, NOT_CAUSAL)
         if not getattr(self.router, "scored", True):

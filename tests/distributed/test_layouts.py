@@ -24,7 +24,7 @@ def test_micro_batches_change_nothing(name, micro):
     compare(train_steps(0, 1, replace(SCENARIOS[name], micro_batch_size=micro), "single"), train_steps(0, 1, SCENARIOS[name], "single"))
 
 
-@pytest.mark.parametrize("name", ["padded", "glam_capacity", "global_balance"])
+@pytest.mark.parametrize("name", ["padded", "glam_capacity", "global_balance", "recurrent", "gating_residuals"])
 def test_recomputation_is_bit_equal(name):
     plain, recomputed = (train_steps(0, 1, replace(SCENARIOS[name], recompute=r), "single") for r in (False, True))
     assert (plain.losses, plain.norms, plain.selected) == (recomputed.losses, recomputed.norms, recomputed.selected)

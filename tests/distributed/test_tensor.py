@@ -56,6 +56,8 @@ CASES = [
     ("zero_experts", SPLIT_TWO), ("recompute", SHARDED), ("recompute", SPLIT_SHARDED), ("accumulate", SHARDED), ("ragged", TWO),
     ("ragged_recompute", SPLIT_TWO), ("all_to_one", SHARDED), ("fewer_experts_than_ranks", SHARDED), ("padded", COPIES),
     ("recompute", SPLIT_COPIES), ("stochastic", SHARDED), ("momentum", SPLIT_TWO), ("dense_to_sparse", TWO),
+    ("recurrent", SHARDED), ("recurrent_recompute", SPLIT_TWO),
+    ("gating_residuals", SHARDED), ("gating_residuals_recompute", SPLIT_TWO),
 ]  # fmt: skip
 
 

@@ -58,6 +58,12 @@ def place_map(routing, place, capacity):
     return torch.zeros(shape, dtype=routing.weight.dtype).index_put(index, routing.weight[real])
 
 
+def stack_experts(data, prefix, experts, names):
+    """(w_in, w_out) of FFNExperts from ``<prefix>.<expert>.<name>.weight``; names: of the gate, up and down matrices."""
+    gate, up, down = ([data[f"{prefix}.{e}.{name}.weight"] for e in experts] for name in names)
+    return torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)]), torch.stack(down)
+
+
 def biased_experts(w1, b1, w2, b2):
     """Experts relu(x w1^T + b1) w2^T + b2 for inputs with a one appended: a hidden unit that is always one holds b2."""
     experts, width, hidden = w1.shape

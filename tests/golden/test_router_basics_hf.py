@@ -7,6 +7,7 @@ import torch
 from replay import context, dense_map, router
 
 from moetrain.moe.capacity.policies import SlotsConfig
+from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.losses.balance import ExpertBalanceConfig, SwitchBalanceConfig
 from moetrain.moe.losses.z import ZLossConfig
 from moetrain.moe.routers.sparsemixer import SparseMixerConfig
@@ -43,7 +44,7 @@ def settings(case, meta):
         "deepseek_v3_nogroup_raw": sigmoid_v3,
         "minimax_m2_like": sigmoid_v3,
         "longcat": dict(selection_bias=True, scale=config.get("routed_scaling_factor", 1.0),
-                        num_zero_experts=config.get("zero_expert_num", 0)),
+                        zero_experts=ZeroExpertsConfig(num_copy=config.get("zero_expert_num", 0))),
         "ernie4_5": dict(selection_bias=True, renormalise=True, renormalise_minimum=config.get("moe_norm_min", 0.0)),
         "gpt_oss": dict(score="logit", selected_softmax=True, logit_bias=True),
         "granite": dict(score="logit", selected_softmax=True),
@@ -65,7 +66,7 @@ def test_every_case_is_replayed_or_known_to_come_later():
 def test_router(case):
     name, x, weight = case["name"], DATA["x"], DATA["weight"]
     chosen = settings(case, META)
-    made = router(x.shape[1], weight.shape[0] - chosen.get("num_zero_experts", 0), x.dtype, **chosen)
+    made = router(x.shape[1], weight.shape[0] - chosen.get("zero_experts", ZeroExpertsConfig()).count, x.dtype, **chosen)
     made.weight = torch.nn.Parameter(weight.clone())
     if made.bias is not None:
         made.bias = torch.nn.Parameter(DATA["linear_bias"].clone())

@@ -8,6 +8,7 @@ import pytest
 from runs import TINY, environment, lines, losses, moetrain
 
 from moetrain.cli import main
+from moetrain.launch.compose import shipped
 
 
 def test_overview_help_and_version(capsys):
@@ -35,7 +36,7 @@ def test_overview_help_and_version(capsys):
         (["parallel=single", "launch.nproc_per_node=2"], "parallel = 'single'"),
         (["train.steps=[1"], "[1"),
         (["loss=null"], "list"),
-        (["router=longcat", "loss=[device_balance]", "loss.device_balance.num_devices=4"], "router.num_zero_experts=0"),
+        (["router=longcat", "loss=[device_balance]", "loss.device_balance.num_devices=4"], "router without zero_experts"),
         (["capacity=slots", "capacity.scope=rank", "capacity.num_groups=7"], "capacity.num_groups = 7: must divide"),
         (["data.tokenizer=missing.json"], "data.tokenizer = "),
     ],
@@ -78,6 +79,10 @@ def test_list(capsys):
     assert main(["list", "routers", "topk"]) == 0 and "top_k" in capsys.readouterr().out
     assert main(["list", "router", "mixtral"]) == 0 and "renormalise: true" in capsys.readouterr().out
     assert main(["list", "nothing"]) == 2
+    capsys.readouterr()
+    assert main(["list", "experiments"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in shipped("experiment")) and "2403.07652" in listed
 
 
 def test_every_step_has_one_line_with_the_promised_fields(workspace):

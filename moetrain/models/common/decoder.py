@@ -23,6 +23,7 @@ from moetrain.models.common.sharding import SPLITS, Split, local_part
 from moetrain.models.common.vocabulary import Vocabulary, WholeVocabulary
 from moetrain.moe.context import ForwardContext
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.routers.base import tie_routers
 
 NOT_CAUSAL = "is not causal: a token's experts depend on later tokens, which a decoder refuses unless router.allow_future=true"
 
@@ -101,6 +102,9 @@ class Decoder(nn.Module):
                 raise ConfigError([Problem("router", type(block.ffn.router).__name__, NOT_CAUSAL)])
         parameter_dtype = next(norm.parameters()).dtype
         self.embed = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=parameter_dtype))
+        # before the layers, so that its parameters have their names from here
+        self.tied = nn.ModuleDict({"router": tie_routers(block.ffn.router for block in blocks if isinstance(block.ffn, MoELayer))})
+        """Modules that the layers share."""
         self.layers = nn.ModuleList(blocks)
         self.norm = norm
         self.head = head

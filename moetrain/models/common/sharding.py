@@ -27,6 +27,7 @@ SPLITS: Mapping[str, Split] = {
     "*.ffn.*w_up.weight": "column",
     "*.ffn.*w_down.weight": "row",
     "*.router.*": "whole",
+    "*.zero_experts.*": "whole",
     "*norm.*": "whole",
 }
 """By parameter name; the first pattern that matches."""

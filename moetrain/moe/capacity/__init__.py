@@ -1,6 +1,6 @@
 """Capacity policies: Routing -> Routing."""
 
-from moetrain.moe.capacity import policies
+from moetrain.moe.capacity import by_kind, policies
 from moetrain.moe.capacity.policies import Capacity
 
-__all__ = ["Capacity", "policies"]
+__all__ = ["Capacity", "by_kind", "policies"]

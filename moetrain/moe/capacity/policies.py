@@ -85,7 +85,7 @@ class Slots(Capacity):
         super().__init__()
         self.config = config
 
-    def capacity(self, group_size: int, top_k: int, num_experts: int, *, training: bool) -> int:
+    def capacity(self, group_size: int, top_k: int, num_experts: float, *, training: bool) -> int:
         """C, slots per expert and group of ``group_size`` tokens."""
         config = self.config
         if config.evaluation_fraction is not None and not training:

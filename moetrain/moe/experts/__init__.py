@@ -2,5 +2,6 @@
 
 from moetrain.moe.experts import ffn
 from moetrain.moe.experts.base import Experts, ExpertTensor
+from moetrain.moe.experts.zero import ZeroExperts, ZeroExpertsConfig
 
-__all__ = ["ExpertTensor", "Experts", "ffn"]
+__all__ = ["ExpertTensor", "Experts", "ZeroExperts", "ZeroExpertsConfig", "ffn"]

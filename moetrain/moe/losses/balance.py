@@ -3,7 +3,8 @@
 They differ in what counts as a choice, over which tokens the means run and how f is normalised. With one choice per
 token all are 1 at perfect balance, with several all but ``normalisation=per_token`` and ``gate_balance``.
 Sources: GShard (2006.16668), Switch (2101.03961 eq. 4-6), DeepSeekMoE (2401.06066 eq. 12-17), DeepSeek-V2 (2405.04434
-eq. 23-31), DeepSeek-V3 (2412.19437 eq. 17-20), Qwen's global-batch loss (2501.11873), EvoMoE (2112.14397).
+eq. 23-31), DeepSeek-V3 (2412.19437 eq. 17-20), Qwen's global-batch loss (2501.11873), EvoMoE (2112.14397), AdaMoE's of
+null experts (2406.13233).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
+from moetrain.moe.experts.zero import count_zero_experts
 from moetrain.moe.losses.base import GroupSums, Loss, sum_by_group
 from moetrain.moe.routing import PAD, Routing
 from moetrain.registry import register
@@ -59,7 +61,7 @@ class SwitchBalance(Loss):
 @register("loss", "expert_balance", source="DeepSeekMoE 2401.06066 eq. 12-14, DeepSeek-V3 2412.19437 eq. 17-20, Qwen 2501.11873")
 @dataclass(kw_only=True)
 class ExpertBalanceConfig(Component):
-    """sum_e f_e P_e with f_e = E/(K T) * choices of e, all K choices counted; 1 at perfect balance."""
+    """sum_e f_e P_e with f_e = E * choices of e / all choices; 1 at perfect balance."""
 
     coefficient: float = setting(0.001, doc="weight; DeepSeekMoE 2B 0.01 and 16B 0.001, V3 1e-4", ge=0)
     scope: BalanceScope = setting("sequence", doc=_SCOPE_DOC)
@@ -67,13 +69,17 @@ class ExpertBalanceConfig(Component):
         "selected", doc="unbiased: the top-K by probability, without selection bias and group limit (V3)"
     )
     normalisation: Literal["per_choice", "per_token"] = setting(
-        "per_choice", doc="f relative to all T*K choices (value 1 at balance), or to the T tokens (value K; Mixtral in transformers)"
+        "per_choice", doc="f relative to all choices (value 1 at balance), or to the T tokens (value K; Mixtral in transformers)"
     )
+
+    pool_zero: bool = setting(False, doc="zero-computation experts share the mean of their choices: only their total is balanced (AdaMoE)")
 
     def build(self) -> ExpertBalance:
         return ExpertBalance(self)
 
     def check(self, path: str, *, num_experts: int, router: Any) -> Iterable[Problem]:
+        if self.pool_zero and not count_zero_experts(router):
+            yield Problem(f"{path}.pool_zero", True, "needs a router with zero_experts")
         if self.choices == "unbiased" and getattr(router, "top_k", None) is None:
             yield Problem(f"{path}.choices", self.choices, "needs a router with a fixed top_k")
 
@@ -94,8 +100,12 @@ class ExpertBalance(Loss):
         if self.config.choices == "unbiased":
             expert, token = unbiased_choices(routing, ctx)
         sums = GroupSums(routing, ctx, self.scope, expert=expert, token=token)
-        per_token = routing.top_k if routing.top_k and self.config.normalisation == "per_choice" else 1
-        return sums.counts * sums.counts.shape[1] / (per_token * sums.tokens.clamp_min(1)[:, None]), sums
+        counts = sums.counts
+        if self.config.pool_zero:
+            zero = counts[:, routing.num_experts :]
+            counts = torch.cat([counts[:, : routing.num_experts], zero.mean(dim=1, keepdim=True).expand_as(zero)], dim=1)
+        units = counts.sum(1) if self.config.normalisation == "per_choice" else sums.tokens
+        return counts * counts.shape[1] / units.clamp_min(1)[:, None], sums
 
 
 def unbiased_choices(routing: Routing, ctx: RouterContext) -> tuple[Tensor, Tensor]:
@@ -132,7 +142,7 @@ class DeviceBalance(Loss):
     def forward(self, routing: Routing, ctx: RouterContext) -> Tensor:
         sums = GroupSums(routing, ctx, self.scope)
         tokens = sums.tokens.clamp_min(1)[:, None]
-        fraction = sums.counts * sums.counts.shape[1] / ((routing.top_k or 1) * tokens)
+        fraction = sums.counts * sums.counts.shape[1] / sums.counts.sum(1).clamp_min(1)[:, None]
         by_device = lambda t: t.unflatten(1, (self.num_devices, -1))  # noqa: E731
         value = by_device(fraction).mean(2) * by_device(sums.probs / tokens).sum(2)
         return sums.mean_over_groups(value.sum(1))
@@ -208,5 +218,5 @@ class GateBalance(Loss):
 def _fits(field: str, value: int, num_experts: int, router: Any) -> Iterable[Problem]:
     if num_experts % value:
         yield Problem(field, value, f"must divide the {num_experts} experts")
-    if getattr(router, "num_zero_experts", 0):
-        yield Problem(field, value, "needs router.num_zero_experts=0: zero-computation experts are on no device")
+    if count_zero_experts(router):
+        yield Problem(field, value, "needs a router without zero_experts: zero-computation experts are on no device")

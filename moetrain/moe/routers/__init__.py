@@ -10,8 +10,11 @@ from moetrain.moe.routers import (
     hashing,
     moduleformer,
     noisy,
+    recurrent,
+    residual,
     sparsemixer,
     stochastic,
+    top_p,
     topk,
 )
 from moetrain.moe.routers.base import LinearRouter, Router
@@ -28,7 +31,10 @@ __all__ = [
     "hashing",
     "moduleformer",
     "noisy",
+    "recurrent",
+    "residual",
     "sparsemixer",
     "stochastic",
+    "top_p",
     "topk",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,11 @@ class Router(nn.Module):
         other parameters; other buffers start at zero.
     frozen: True while the optimizer leaves the parameters alone.
     causal: False if a token's experts depend on later tokens in evaluation too, so that a decoder cannot generate with them.
+    tied: names of submodules that all routers of a model share.
     """
 
     initial: Mapping[str, float | Initialiser] = {}
+    tied: tuple[str, ...] = ()
     num_experts: int
     frozen: bool = False
     causal: bool = True
@@ -81,6 +83,17 @@ class LinearRouter(Router):
         x = at_least_float32(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def tie_routers(routers: Iterable[Router]) -> nn.ModuleDict:
+    """Give routers the first one's submodules where they share them; returns those by name."""
+    tied = nn.ModuleDict()
+    for router in routers:
+        for name in router.tied:
+            if name not in tied:
+                tied[name] = getattr(router, name)
+            setattr(router, name, tied[name])
+    return tied
 
 
 def uniform(bound: float) -> Initialiser:

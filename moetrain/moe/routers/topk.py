@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.moe.context import LayerStatistics, RouterContext
+from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.routers.base import LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
 from moetrain.moe.schedules import TopKSchedule, scheduled_top_k
@@ -54,7 +55,10 @@ class TopKRouterConfig(Component):
     logit_bias: bool = setting(False, doc="learned bias inside the logits (GPT-OSS)")
     selection_bias: bool = setting(False, doc="bias [E] that moves the selection but not the weights (aux-loss-free balancing)")
     bias_update_rate: float = setting(0.0, doc="gamma: after each step b += gamma * sign(mean load - load); DeepSeek-V3 1e-3", ge=0)
-    num_zero_experts: int = setting(0, doc="extra columns for zero-computation identity experts (Longcat-Flash)", ge=0)
+    renormalise_null: bool = setting(
+        True, doc="null experts count in that sum; false: they get weight 0 and the others sum to one (AdaMoE, MoE++'s code)"
+    )
+    zero_experts: ZeroExpertsConfig = setting(default_factory=ZeroExpertsConfig, doc="zero-computation experts beside the experts")
     jitter: float = setting(0.0, doc="training: the router's input is multiplied by U[1-jitter, 1+jitter] (Switch 0.01)", ge=0, lt=1)
     logit_soft_cap: float = setting(0.0, doc="cap * tanh(logits / cap); 0: off", ge=0)
     logit_noise: float = setting(0.0, doc="training: normal noise of deviation logit_noise / E on the logits (Tutel gate_noise 1)", ge=0)
@@ -78,12 +82,15 @@ class TopKRouterConfig(Component):
         if self.sampling != "none" and (self.score not in ("softmax", "logit") or self.selection_bias or self.num_groups > 1):
             needs = f"needs {path}.score=softmax or logit, no selection_bias and {path}.num_groups=1"
             yield Problem(f"{path}.sampling", self.sampling, needs)
+        if not self.renormalise_null and not (self.renormalise and self.zero_experts.num_null):
+            needs = f"needs {path}.renormalise=true and {path}.zero_experts.num_null > 0"
+            yield Problem(f"{path}.renormalise_null", False, needs)
         if self.sampling == "later" and self.top_k < 2:
             yield Problem(f"{path}.sampling", self.sampling, f"needs {path}.top_k >= 2: the first choice is not sampled")
 
     def check(self, path: str, *, num_experts: int) -> Iterable[Problem]:
         """Rules that involve the number of experts."""
-        columns = num_experts + self.num_zero_experts
+        columns = num_experts + self.zero_experts.count
         if self.top_k_start is not None and self.top_k_start > columns:
             yield Problem(f"{path}.top_k_start", self.top_k_start, f"must be <= the {columns} experts")
         if columns % self.num_groups:
@@ -116,7 +123,7 @@ class TopKRouter(LinearRouter):
     top_k: int
 
     def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
-        columns = num_experts + config.num_zero_experts
+        columns = num_experts + config.zero_experts.count
         super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, trained=config.trained, dtype=dtype)
         self.config = config
         self.top_k = config.top_k
@@ -125,10 +132,15 @@ class TopKRouter(LinearRouter):
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
-        if self.config.jitter and ctx.training:
-            draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-            x = x * (1 + self.config.jitter * (2 * draws - 1))
+        x = self.jittered(x, ctx)
         return self.route(self.logits(x), ctx, noise_std=self.noise_std(x) if ctx.training else None)
+
+    def jittered(self, x: Tensor, ctx: RouterContext) -> Tensor:
+        """The input [T, D] of the scores."""
+        if not (self.config.jitter and ctx.training):
+            return x
+        draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return x * (1 + self.config.jitter * (2 * draws - 1))
 
     def noise_std(self, x: Tensor) -> Tensor | None:
         """[T, E'] deviations of the noise on the logits of x [T, D] if they are learned, else None."""
@@ -159,9 +171,14 @@ class TopKRouter(LinearRouter):
         weight = scores.gather(1, index)
         if config.selected_softmax:
             weight = torch.softmax(weight, dim=1)
+        if not config.renormalise_null:
+            weight = torch.where(index < self.num_columns - config.zero_experts.num_null, weight, 0.0)
         if config.renormalise:
             total = weight.sum(dim=1, keepdim=True)
-            weight = weight / (total + config.renormalise_epsilon).clamp_min(config.renormalise_minimum)
+            total = (total + config.renormalise_epsilon).clamp_min(config.renormalise_minimum)
+            if not config.renormalise_null:
+                total = torch.where(total == 0, 1.0, total)  # of null experts only
+            weight = weight / total
         if config.scale != 1.0:
             weight = weight * config.scale
         return fixed_routing(

@@ -15,7 +15,7 @@ def names(scenario):
     return {name: parameter.ndim for name, parameter in model.named_parameters()}
 
 
-FAMILIES = {name: names(SCENARIOS[name]) for name in ("deepseek", "glam_capacity")}
+FAMILIES = {name: names(SCENARIOS[name]) for name in ("deepseek", "glam_capacity", "zero_experts", "recurrent")}
 
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
@@ -28,9 +28,9 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_vectors_and_routers_stay_whole(family):
+def test_only_vectors_routers_and_zero_computation_experts_stay_whole(family):
     whole = {name for name in FAMILIES[family] if find_split(SPLITS, name) == "whole"}
-    assert whole == {name for name, ndim in FAMILIES[family].items() if ndim == 1 or ".router." in name}
+    assert whole == {name for name, ndim in FAMILIES[family].items() if ndim == 1 or ".router." in name or ".zero_experts." in name}
 
 
 def test_a_parameter_without_a_rule_is_an_error():

@@ -13,6 +13,7 @@ from moetrain.moe.capacity.policies import DroplessConfig, SlotsConfig
 from moetrain.moe.context import ForwardContext
 from moetrain.moe.execution import LocalExecutor, sort_entries
 from moetrain.moe.experts.ffn import FFNExperts, FFNExpertsConfig
+from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.layer import MoELayer, MoEParts
 from moetrain.moe.losses.balance import ExpertBalanceConfig
 from moetrain.moe.losses.z import ZLossConfig
@@ -25,7 +26,9 @@ T, D, WIDTH, E = 13, 6, 5, 4
 
 
 def run(x: Tensor, routing: Routing, experts: FFNExperts) -> Tensor:
-    return LocalExecutor()(x, routing, experts, ForwardContext(batch_size=1, seq_len=x.shape[0]).at("layers.0"))
+    y = LocalExecutor()(x, routing, experts, ForwardContext(batch_size=1, seq_len=x.shape[0]).at("layers.0"))
+    copies = ZeroExpertsConfig(num_copy=routing.selected.numel() - routing.num_experts).build(D, dtype=x.dtype)
+    return y if copies is None else y + copies(x, routing)
 
 
 def make_experts(num_experts: int = E, *, dtype: torch.dtype = torch.float64, **kwargs: Any) -> FFNExperts:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moetrain.config import load
 from moetrain.errors import ConfigError
 from moetrain.moe.context import ForwardContext, LayerStatistics, RouterContext
+from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.routers.topk import TopKRouter, TopKRouterConfig, distribution, score
 from moetrain.testing import assert_close
 
@@ -31,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "groups_per_token": 2,
         "group_score_experts": 2,
     },
-    "zero experts": {"num_zero_experts": 4, "selection_bias": True},
+    "zero experts": {"zero_experts": ZeroExpertsConfig(num_constant=1, num_copy=2, num_null=1), "selection_bias": True},
     "soft cap": {"logit_soft_cap": 2.0, "renormalise": True},
 }
 DRAWN: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
 def test_properties(settings: dict[str, Any]) -> None:
     router = make(**settings)
     routing = router(inputs(), context())
-    columns = E + settings.get("num_zero_experts", 0)
+    columns = E + settings.get("zero_experts", ZeroExpertsConfig()).count
     assert bool((routing.weight >= 0).all())
     assert all(len(set(row)) == K for row in routing.expert_TK.tolist())
     assert int(routing.expert.min()) >= 0 and int(routing.expert.max()) < columns
