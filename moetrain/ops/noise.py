@@ -26,17 +26,19 @@ def hash_text(text: str, bits: int = 63) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & ((1 << bits) - 1)
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def mix(x: Tensor) -> Tensor:
     """splitmix64's output function on int64, elementwise."""
+    # in place: new memory for each of these operations would cost several times their arithmetic
     x = x + _GOLDEN
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    scratch = torch.empty_like(x)
+    _xor_shifted(x, 30, scratch).mul_(_MIX_1)
+    _xor_shifted(x, 27, scratch).mul_(_MIX_2)
+    return _xor_shifted(x, 31, scratch)
+
+
+def _xor_shifted(x: Tensor, bits: int, scratch: Tensor) -> Tensor:
+    """x ^= x >> bits with a logical shift; torch's is arithmetic on int64."""
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, bits, out=scratch).bitwise_and_((1 << (64 - bits)) - 1))
 
 
 def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,7 +46,7 @@ def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tens
     counter = torch.arange(count, device=key.device, dtype=torch.int64)
     bits = mix(mix(key)[:, None] + counter)
     digits = 53 if dtype == torch.float64 else 24
-    return _shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits
+    return bits.bitwise_right_shift_(64 - digits).bitwise_and_((1 << digits) - 1).to(dtype).mul_(2.0**-digits)
 
 
 def normal(draws: Tensor) -> Tensor:
