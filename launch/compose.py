@@ -16,6 +16,8 @@ from moetrain.errors import ConfigError, MoetrainError, Problem
 from moetrain.train.settings import Config
 
 SECTIONS = ("run", "train", "checkpoint", "metrics", "logging", "launch")
+DICTIONARIES = ("loss", "dropout")
+"""Groups of which a run has any number of components, by name."""
 
 
 class SweepError(MoetrainError):
@@ -50,7 +52,7 @@ def fill_config_store() -> None:
     for group in registry.groups():
         for name, component in registry.components(group).items():
             if name not in shipped(group):
-                package = f"loss.{name}" if group == "loss" else group
+                package = f"{group}.{name}" if group in DICTIONARIES else group
                 store.store(group=group, name=name, node=defaults(component), package=package)
 
 

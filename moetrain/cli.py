@@ -292,7 +292,33 @@ def list_components(arguments: list[str]) -> int:
                 table.add_row(name, comment, ", ".join(ARXIV_ID.findall(comment)) or "preset")
         console.print(table, highlight=False)
         console.print()
+        if group == "schedule":
+            list_courses(console)
     return 0
+
+
+def list_courses(console: Any) -> None:
+    """The settings of routers and other parts that follow a course over training steps."""
+    from dataclasses import fields
+
+    from rich.table import Table
+
+    from moetrain import registry
+
+    rows: dict[tuple[str, str], list[str]] = {}
+    for group in registry.groups():
+        for name, component in registry.components(group).items():
+            for f in fields(component):
+                if f.metadata.get("schedule"):
+                    rows.setdefault((f"{group}.{f.name}", f"{f.metadata['doc']}|{f.metadata['schedule']}"), []).append(name)
+    table = Table(title="schedules of routing: settings of other parts", title_justify="left", box=None, padding=(0, 2))
+    for column in ("setting", "what it is", "of", "source"):
+        table.add_column(column, overflow="fold")
+    for (setting, text), names in rows.items():
+        doc, _, source = text.rpartition("|")
+        table.add_row(setting, doc, ", ".join(names), source)
+    console.print(table, highlight=False)
+    console.print()
 
 
 def describe_component(group: str, name: str) -> int:

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 import moetrain.data
 import moetrain.models
 import moetrain.moe.capacity
+import moetrain.moe.dropout
 import moetrain.moe.experts
 import moetrain.moe.losses
 import moetrain.moe.mixers

@@ -32,16 +32,18 @@ def setting(
     lt: float | None = None,
     follows: str | None = None,
     group: str | None = None,
+    schedule: str | None = None,
     default_factory: Any = MISSING,
 ) -> Any:
     """A dataclass field with its one-line documentation (with unit) and valid range.
 
     ge, gt, le, lt: bounds of a number. follows: on the command line the default is the value of that other
     dotted field. group: the value is a component (or a dictionary of components) of that registry group,
-    chosen by its ``kind``.
+    chosen by its ``kind``. schedule: the setting starts or bounds a course over training steps; where that is from.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"doc": doc, "bounds": {k: v for k, v in bounds.items() if v is not None}, "follows": follows, "group": group}
+    metadata["schedule"] = schedule
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata, kw_only=True)
 
 

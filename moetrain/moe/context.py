@@ -7,7 +7,7 @@ one MoE layer. Nothing here imports ``torch.distributed``: reductions come in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -46,13 +46,14 @@ class LayerStatistics:
     """Sums over the valid tokens of a step at one MoE layer, before any reduction over ranks.
 
     selected, dispatched: [E'] int64. entropy: scalar, sum over tokens of the entropy of ``probs`` (nats).
-    tokens: scalar int64.
+    tokens: scalar int64. router: [n] float64, what the router itself wants summed (``step_sums`` in its routing's aux).
     """
 
     selected: Tensor
     dispatched: Tensor
     entropy: Tensor
     tokens: Tensor
+    router: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         return LayerStatistics(
@@ -60,6 +61,7 @@ class LayerStatistics:
             self.dispatched + other.dispatched,
             self.entropy + other.entropy,
             self.tokens + other.tokens,
+            self.router + other.router,
         )
 
 

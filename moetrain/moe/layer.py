@@ -1,4 +1,4 @@
-"""The MoE layer: router -> capacity -> executor -> experts, plus a shared expert beside them.
+"""The MoE layer: router -> dropout -> capacity -> executor -> experts, plus a shared expert beside them.
 
 It names no method: what differs between papers is in its parts.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moetrain.moe.capacity import Capacity
 from moetrain.moe.context import LayerStatistics, RouterContext
+from moetrain.moe.dropout import RouteDropout
 from moetrain.moe.execution import Executor, LocalExecutor
 from moetrain.moe.experts import Experts, ZeroExperts
 from moetrain.moe.losses import Loss
@@ -26,8 +27,8 @@ class MoELayer(nn.Module):
     """x [B, S, D] or [T, D] -> y of the same shape. Statistics and weighted losses go to the forward context.
 
     zero_experts: what the ids from num_experts on contribute, or None if they contribute nothing. shared: an FFN that sees
-    every token, or None. mixer: how y enters the residual stream, for the block around this layer. executor: replaced by
-    ``parallel.parallelize``.
+    every token, or None. dropout: by name, applied in this order. mixer: how y enters the residual stream, for the block
+    around this layer. executor: replaced by ``parallel.parallelize``.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class MoELayer(nn.Module):
         capacity: Capacity,
         experts: Experts,
         losses: Mapping[str, Loss],
+        dropout: Mapping[str, RouteDropout] | None = None,
         zero_experts: ZeroExperts | None = None,
         shared: nn.Module | None = None,
         mixer: Mixer | None = None,
@@ -46,6 +48,7 @@ class MoELayer(nn.Module):
         self.capacity = capacity
         self.experts = experts
         self.losses = nn.ModuleDict(losses)
+        self.dropout = dict(dropout or {})
         self.zero_experts = zero_experts
         self.shared = shared
         self.mixer = mixer or Residual()
@@ -54,7 +57,10 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, ctx: RouterContext) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens, ctx)
-        executed = self.capacity(routing, ctx)
+        executed = routing
+        for name, dropout in self.dropout.items():
+            executed = dropout(executed, ctx, name)
+        executed = self.capacity(executed, ctx)
         self.record(routing, executed, ctx)
         y = self.executor(tokens, executed, self.experts, ctx)
         if self.zero_experts is not None:
@@ -86,7 +92,9 @@ def statistics(routing: Routing, ctx: RouterContext) -> LayerStatistics:
     if routing.probs is not None:
         per_token = torch.special.entr(routing.probs).sum(dim=1)
         entropy = (per_token if ctx.valid is None else per_token[ctx.valid]).sum()
-    return LayerStatistics(routing.selected, routing.dispatched, entropy, ctx.forward.valid_tokens().to(routing.expert.device))
+    tokens = ctx.forward.valid_tokens().to(routing.expert.device)
+    own = routing.aux.get("step_sums", torch.zeros(0, dtype=torch.float64, device=routing.expert.device))
+    return LayerStatistics(routing.selected, routing.dispatched, entropy, tokens, own)
 
 
 @dataclass(kw_only=True)
@@ -97,6 +105,7 @@ class MoEParts:
     experts: Any
     capacity: Any
     loss: Mapping[str, Any] = field(default_factory=dict)
+    dropout: Mapping[str, Any] = field(default_factory=dict)
     mixer: Any = field(default_factory=ResidualConfig)
 
     def build(self, hidden_size: int, *, dtype: torch.dtype, shared: nn.Module | None = None) -> MoELayer:
@@ -107,6 +116,7 @@ class MoEParts:
             capacity=self.capacity.build(),
             experts=self.experts.build(hidden_size, dtype=dtype),
             losses={name: config.build() for name, config in self.loss.items()},
+            dropout={name: config.build() for name, config in self.dropout.items()},
             zero_experts=None if zero_experts is None else zero_experts.build(hidden_size, dtype=dtype),
             shared=shared,
             mixer=self.mixer.build(),

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 TopKSchedule = Literal["linear", "cosine", "exponential", "step"]
+Course = Literal["linear", "cosine", "exponential"]
 
 
 def scheduled_top_k(start: int, end: int, step: int, total_steps: int, kind: TopKSchedule) -> int:
@@ -25,3 +26,14 @@ def scheduled_top_k(start: int, end: int, step: int, total_steps: int, kind: Top
         stage = min(doublings, step * (doublings + 1) // total_steps)
         top_k = start * 2**stage if end > start else start // 2**stage
     return max(min(start, end), min(top_k, max(start, end)))
+
+
+def scheduled_value(start: float, end: float, step: int, total_steps: int, course: Course) -> float:
+    """A positive number in a step (from 0), on the way from ``start`` to ``end``; exponential: by the same factor in each step,
+    cosine: half a wave, slow at both ends."""
+    progress = min(1.0, step / total_steps)
+    if course == "linear":
+        return start + (end - start) * progress
+    if course == "exponential":
+        return start * (end / start) ** progress
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -216,7 +216,7 @@ class ParallelModel:
                     value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
                 local(tensor).copy_(value)
         for name, buffer in self.model.named_buffers():
-            init = router_init(self.model, name) or Constant(0.0)
+            init = find_init(self.model, name) if is_fixed(self.model, name) else router_init(self.model, name) or Constant(0.0)
             buffer.copy_(draw(name, buffer.shape, init, seed=seed, dtype=buffer.dtype))
 
 
@@ -228,6 +228,15 @@ def router_init(model: Decoder, name: str) -> Init | None:
             init = moe.router.initial[attribute]
             return init if callable(init) else Constant(init)
     return None
+
+
+def is_fixed(model: Decoder, name: str) -> bool:
+    """Whether a buffer is a router's parameter that is not trained. Shared submodules have their names below ``tied.router``."""
+    for layer, moe in model.moe_layers().items():
+        for prefix in (f"{layer}.router.", "tied.router."):
+            if name.startswith(prefix) and name.removeprefix(prefix) in moe.router.fixed:
+                return True
+    return False
 
 
 def find_init(model: Decoder, name: str) -> Init:

@@ -165,6 +165,15 @@ def gating_residuals(**scenario: Any) -> Scenario:
     return made
 
 
+def dropped(**scenario: Any) -> Scenario:
+    """Every dropout of routes before capacity."""
+    rates = {"random_second": dict(factor=1.5), "expert_dropout": dict(rate=0.2), "gating_dropout": dict(rate=0.3)}
+    made = deepseek(router=dict(renormalise=True), **scenario)
+    made.parts.capacity = lookup("capacity", "slots")(factor=1.0, factor_start=2.0)
+    made.parts.dropout = {name: lookup("dropout", name)(**settings) for name, settings in rates.items()}
+    return made
+
+
 def recurrent(**scenario: Any) -> Scenario:
     """A recurrent state along depth, through a cell that all layers share."""
     made = deepseek(**scenario)
@@ -229,6 +238,9 @@ SCENARIOS = {
     "fewer_experts_than_ranks": deepseek(num_experts=2),
     "global_balance": deepseek(loss=GLOBAL, pad=True),
     "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
+    "quantile": routed("quantile_topk", dict(top_k=2, score="sigmoid"), pad=True, recompute=True),
+    "annealed": deepseek(router=dict(temperature_start=3.0, renormalise=True), pad=True),
+    "dropout": dropped(pad=True, recompute=True),
     "zero_experts": deepseek(router=dict(zero_experts=ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1))),
     "recompute": deepseek(recompute=True, pad=True),
     "accumulate": deepseek(micro_batch_size=1),
@@ -251,6 +263,7 @@ SCENARIOS = {
     "sinkhorn": routed("sinkhorn", dict(top_k=2), pad=True),
     "sparsemixer": routed("sparsemixer", dict(top_k=2, band=0.2), loss=GLOBAL, recompute=True),
     "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
+    "random_cell": routed("recurrent_topk", dict(top_k=2, state_size=5, trained=False), pad=True),
     "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
     "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
     "dense_to_sparse": dense_to_sparse(pad=True),

@@ -20,13 +20,14 @@ class EvaluateSettings:
     """What to evaluate."""
 
     run: str = setting(doc="run folder or checkpoint")
+    top_k: int | None = setting(None, doc="experts per token (router.top_k), also another number than in training", ge=1)
     batches: int | None = setting(None, doc="held-out batches of train.global_batch_size sequences; default: all", ge=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto takes a GPU if there is one")
 
 
 def main(settings: EvaluateSettings) -> dict[str, Any]:
     """Mean loss (nats per token), perplexity and number of tokens over the held-out data of the run."""
-    restored = restore(settings.run, device=settings.device)
+    restored = restore(settings.run, device=settings.device, router={} if settings.top_k is None else {"top_k": settings.top_k})
     config = restored.config
     data = prepare(config.data)
     if data.evaluation.tokens.size < 2:

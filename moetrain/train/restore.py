@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moetrain.config import load
 from moetrain.errors import CheckpointError
@@ -16,8 +18,8 @@ from moetrain.train.settings import Config
 from moetrain.train.state import model_tensors
 
 
-def read_config(run_dir: Path) -> Config:
-    """The configuration that a run folder was made with."""
+def read_config(run_dir: Path, router: Mapping[str, Any] | None = None) -> Config:
+    """The configuration that a run folder was made with. router: its settings to be replaced."""
     import yaml
 
     import moetrain.components  # noqa: F401  the registry must know the kinds in the file
@@ -25,7 +27,8 @@ def read_config(run_dir: Path) -> Config:
     path = run_dir / "config.yaml"
     if not path.exists():
         raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml")
-    return load(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return load(Config, {**plain, "router": {**plain["router"], **(router or {})}})
 
 
 @dataclass
@@ -38,10 +41,11 @@ class RestoredRun:
     placed: ParallelModel
 
 
-def restore(run: str, *, device: str = "auto") -> RestoredRun:
-    """run: a run folder (its newest good checkpoint is taken) or a checkpoint folder.
+def restore(run: str, *, device: str = "auto", router: Mapping[str, Any] | None = None) -> RestoredRun:
+    """run: a run folder (its newest good checkpoint is taken) or a checkpoint folder. router: settings of the router that
+    replace the run's.
 
-    Raises CheckpointError if it is neither.
+    Raises CheckpointError if it is neither, ConfigError if the settings do not fit.
     """
     folder = Path(run).expanduser()
     path: Path | None = folder
@@ -49,7 +53,7 @@ def restore(run: str, *, device: str = "auto") -> RestoredRun:
         folder = folder.resolve().parent.parent
     else:
         path = checkpoint.newest_good(folder / "checkpoints")
-    config = read_config(folder)
+    config = read_config(folder, router)
     if path is None:
         raise CheckpointError(f"run {str(folder)!r} holds no complete checkpoint")
     vocab_size = checkpoint.read_info(path).shapes["model.embed"][0]

@@ -59,7 +59,8 @@ def run_training(
 
 def build_model(config: Config, vocab_size: int) -> Decoder:
     """The model of a run on the meta device."""
-    parts = MoEParts(router=config.router, experts=config.experts, capacity=config.capacity, loss=config.loss, mixer=config.mixer)
+    names = ("router", "experts", "capacity", "loss", "dropout", "mixer")
+    parts = MoEParts(**{name: getattr(config, name) for name in names})
     with torch.device("meta"):
         return config.model.build(parts, vocab_size=vocab_size, dtype=getattr(torch, config.train.dtype))
 

@@ -98,6 +98,7 @@ class Config:
     capacity: Any = setting(doc="how many tokens an expert takes", group="capacity")
     experts: Any = setting(doc="what an expert computes", group="experts")
     loss: dict[str, Component] = setting(default_factory=dict, doc="auxiliary losses by name", group="loss")
+    dropout: dict[str, Component] = setting(default_factory=dict, doc="dropout of routes by name", group="dropout")
     mixer: Any = setting(default_factory=ResidualConfig, doc="how the output of an MoE layer enters the residual stream", group="mixer")
     objective: Any = setting(doc="what is optimised on which batch", group="objective")
     data: Any = setting(doc="text, tokenizer, packing", group="data")

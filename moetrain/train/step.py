@@ -133,14 +133,14 @@ def reduce_statistics(
     """Sum scalars and layer statistics over data-parallel ranks in one collective (float64 holds counts up to 2^53)."""
     parts = [torch.stack([v.double() for v in scalars.values()])]
     for layer in statistics.values():
-        parts += [layer.selected, layer.dispatched, layer.entropy.view(1), layer.tokens.view(1)]
+        parts += [layer.selected, layer.dispatched, layer.entropy.view(1), layer.tokens.view(1), layer.router]
     flat = all_sum(torch.cat([part.double() for part in parts]), placed.data)
     sizes = [part.numel() for part in parts]
     values, *rest = flat.split(sizes)
     layers = {}
     for i, name in enumerate(statistics):
-        selected, dispatched, entropy, tokens = rest[4 * i : 4 * i + 4]
-        layers[name] = LayerStatistics(selected.long(), dispatched.long(), entropy[0], tokens[0].long())
+        selected, dispatched, entropy, tokens, router = rest[5 * i : 5 * i + 5]
+        layers[name] = LayerStatistics(selected.long(), dispatched.long(), entropy[0], tokens[0].long(), router)
     return dict(zip(scalars, values.tolist(), strict=True)), layers
 
 

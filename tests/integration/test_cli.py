@@ -83,6 +83,10 @@ def test_list(capsys):
     assert main(["list", "experiments"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in shipped("experiment")) and "2403.07652" in listed
+    assert main(["list", "schedules"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("cosine", "router.top_k_start", "router.temperature_start", "capacity.factor_start"))
+    assert main(["list", "losses"]) == 0 and "mutual_information" in capsys.readouterr().out
 
 
 def test_every_step_has_one_line_with_the_promised_fields(workspace):
@@ -100,6 +104,9 @@ def test_every_step_has_one_line_with_the_promised_fields(workspace):
 def test_evaluate_and_generate(workspace):
     evaluated = moetrain("evaluate", "run=reference", folder=workspace)
     assert evaluated.returncode == 0 and "perplexity" in evaluated.stdout
+    fewer, whole, many = (moetrain("evaluate", "run=reference", f"top_k={k}", folder=workspace) for k in (1, 2, 9))
+    assert fewer.returncode == 0 and fewer.stdout != evaluated.stdout == whole.stdout
+    assert many.returncode == 2 and "router.top_k = 9: must be <= experts.num_experts (4)" in many.stderr
     first, second = (moetrain("generate", "run=reference", "prompt=7 times ", "max_new_tokens=12", folder=workspace) for _ in range(2))
     assert first.returncode == 0 and first.stdout.startswith("7 times ")
     assert first.stdout == second.stdout

@@ -47,7 +47,8 @@ class SlotsByKind(Slots):
         columns, experts = routing.selected.numel(), routing.num_experts
         choices = routing.top_k or max(1, round(routing.expert.numel() / max(1, routing.num_tokens)))
         divisors = self.divisors(experts, columns - experts)
-        of_expert, of_zero = (self.capacity(group_size, choices, divisor, training=ctx.training) for divisor in divisors)
+        factor = self.factor(ctx)
+        of_expert, of_zero = (self.capacity(group_size, choices, d, training=ctx.training, factor=factor) for d in divisors)
         real = routing.expert < experts
         queue = torch.where(routing.expert != PAD, (routing.token // group_size) * columns + routing.expert, -1)
         place = place_in_queue(queue, self.priority(routing, ctx))

@@ -19,6 +19,7 @@ from moetrain.config import Component, setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
 from moetrain.moe.routing import PAD, Routing
+from moetrain.moe.schedules import Course, scheduled_value
 from moetrain.registry import register
 
 
@@ -49,6 +50,13 @@ class SlotsConfig(Component):
     """Each expert has C slots per token group; what finds no slot is dropped (the residual stream goes on)."""
 
     factor: float = setting(1.25, doc="capacity factor: C = factor * (choices per token) * (tokens of the group) / E", gt=0)
+    factor_start: float | None = setting(
+        None,
+        doc="capacity factor in the first step, on the way to factor, which holds in evaluation; default: factor",
+        gt=0,
+        schedule="Tutel 2206.03382 (adaptive capacity)",
+    )
+    factor_schedule: Course = setting("linear", doc="the way from factor_start to factor")
     choices: int | None = setting(None, doc="choices per token in that formula; default: the router's K. GLaM 1 with factor 2", ge=1)
     tokens: int | None = setting(None, doc="fixed C in tokens, instead of the formula", ge=1)
     round: Literal["up", "down", "per_choice"] = setting(
@@ -73,6 +81,8 @@ class SlotsConfig(Component):
     def problems(self, path: str) -> Iterable[Problem]:
         if self.num_groups > 1 and self.scope != "rank":
             yield Problem(f"{path}.num_groups", self.num_groups, f"needs {path}.scope=rank; a sequence is one group")
+        if self.factor_start is not None and self.tokens is not None:
+            yield Problem(f"{path}.factor_start", self.factor_start, f"has no effect: {path}.tokens fixes C")
 
     def build(self) -> Slots:
         return Slots(self)
@@ -85,20 +95,28 @@ class Slots(Capacity):
         super().__init__()
         self.config = config
 
-    def capacity(self, group_size: int, top_k: int, num_experts: float, *, training: bool) -> int:
-        """C, slots per expert and group of ``group_size`` tokens."""
+    def factor(self, ctx: RouterContext) -> float:
+        """The present capacity factor."""
         config = self.config
+        if config.factor_start is None or not ctx.training:
+            return config.factor
+        return scheduled_value(config.factor_start, config.factor, ctx.step, ctx.total_steps, config.factor_schedule)
+
+    def capacity(self, group_size: int, top_k: int, num_experts: float, *, training: bool, factor: float | None = None) -> int:
+        """C, slots per expert and group of ``group_size`` tokens. factor: default, the setting."""
+        config = self.config
+        factor = config.factor if factor is None else factor
         if config.evaluation_fraction is not None and not training:
             slots = math.ceil(config.evaluation_fraction * group_size)
         elif config.tokens is not None:
             slots = config.tokens
         else:
             choices = config.choices or top_k
-            exact = config.factor * choices * group_size / num_experts
+            exact = factor * choices * group_size / num_experts
             slots = {
                 "up": math.ceil(exact),
                 "down": int(exact),
-                "per_choice": choices * int(config.factor * math.ceil(group_size / num_experts)),
+                "per_choice": choices * int(factor * math.ceil(group_size / num_experts)),
             }[config.round]
         return math.ceil(max(slots, config.minimum) / config.multiple) * config.multiple
 
@@ -121,7 +139,7 @@ class Slots(Capacity):
         experts = routing.num_experts
         real = (routing.expert != PAD) & (routing.expert < experts)
         choices = routing.top_k or max(1, round(routing.expert.numel() / max(1, routing.num_tokens)))
-        slots = self.capacity(group_size, choices, experts, training=ctx.training)
+        slots = self.capacity(group_size, choices, experts, training=ctx.training, factor=self.factor(ctx))
         return (real & (self.places(routing, ctx, group_size=group_size) < slots)) | (routing.expert >= experts)
 
     def places(self, routing: Routing, ctx: RouterContext, *, group_size: int) -> Tensor:

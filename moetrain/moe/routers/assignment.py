@@ -44,7 +44,7 @@ class SinkhornConfig(_BalancedConfig):
     score: Score = setting("softmax", doc="affinity from the logits; Megatron-Core: sigmoid with top_k=1, else softmax")
     tolerance: float = setting(1e-4, doc="scaling ends when the column factors change by less than this on average", gt=0)
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> SinkhornRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> SinkhornRouter:
         return SinkhornRouter(self, hidden_size, num_experts, dtype=dtype)
 
 
@@ -75,7 +75,7 @@ class BaseConfig(_BalancedConfig):
     score: Score = setting("sigmoid", doc="weight from the logit")
     epsilon: float = setting(0.01, doc="what a token may miss of its best choice, as a part of the range of the logits", gt=0)
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> BaseRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> BaseRouter:
         return BaseRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.moe.context import RouterContext
-from moetrain.moe.routers.base import Router, at_least_float32, uniform
+from moetrain.moe.routers.base import LearnedRouterConfig, Router, at_least_float32, uniform
 from moetrain.moe.routing import Routing, ragged_routing
 from moetrain.ops.assignment import best_permutation, sinkhorn
 from moetrain.ops.smooth_step import smooth_step
@@ -32,7 +32,7 @@ TEMPERATURES, ITERATIONS = (1e-3, 1e-7), (20, 150)
 
 @register("router", "comet", source="COMET 2306.02824")
 @dataclass(kw_only=True)
-class CometRouterConfig(Component):
+class CometRouterConfig(LearnedRouterConfig):
     """Trees of differentiable splits over the experts; all experts with a non-zero gate take part, few once it is trained.
 
     The defaults are those of COMET-BERT but for its shifted entropy. The TensorFlow version: split_bias, unreached=0,
@@ -47,7 +47,9 @@ class CometRouterConfig(Component):
     shifted_entropy: bool = setting(
         False, doc="entropy of max(P, 1e-6) + 1e-6 as COMET-BERT's code, not 0 when decided; false: -P log(P + 1e-6)"
     )
-    permutation_steps: int = setting(0, doc="optimizer steps in which permutations of the leaves are learned (COMET+); 0: none", ge=0)
+    permutation_steps: int = setting(
+        0, doc="optimizer steps in which permutations of the leaves are learned (COMET+); 0: none", ge=0, schedule="COMET 2306.02824"
+    )
 
     lacks: ClassVar = frozenset({"logits"})
 
@@ -56,7 +58,7 @@ class CometRouterConfig(Component):
         """Names that a routing has in ``aux`` in training."""
         return frozenset({"selector_entropy"} | ({"permutation_entropy"} if self.permutation_steps else set()))
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> CometRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> CometRouter:
         return CometRouter(self, hidden_size, num_experts, dtype=dtype)
 
 
@@ -87,6 +89,7 @@ class CometRouter(Router):
         }
 
     def begin_step(self, step: int, total_steps: int) -> None:
+        super().begin_step(step, total_steps)
         if self.permutation is not None:
             self.permutation.begin_step(step)
 

@@ -34,10 +34,8 @@ class CosineTopKRouterConfig(TopKRouterConfig):
         yield from super().problems(path)
         if self.logit_bias:
             yield Problem(f"{path}.logit_bias", True, "must be false: cosines have no bias")
-        if not self.trained:
-            yield Problem(f"{path}.trained", False, "must be true: only linear routers can be random")
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> CosineTopKRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> CosineTopKRouter:
         return CosineTopKRouter(self, hidden_size, num_experts, dtype=dtype)
 
 
@@ -46,7 +44,7 @@ class CosineTopKRouter(TopKRouter):
 
     def __init__(self, config: CosineTopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
         super().__init__(config, config.projection_size, num_experts, dtype=dtype)
-        self.initial = {"projection_bias": 0.0, "log_scale": -math.log(config.temperature)}
+        self.initial = {**self.initial, "projection_bias": 0.0, "log_scale": -math.log(config.temperature)}
         self.projection = nn.Parameter(torch.empty(config.projection_size, hidden_size, dtype=dtype))
         self.projection_bias = nn.Parameter(torch.empty(config.projection_size, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(1, dtype=dtype))

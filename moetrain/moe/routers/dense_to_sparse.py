@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
-from moetrain.moe.routers.base import LinearRouter, at_least_float32
+from moetrain.moe.routers.base import LearnedRouterConfig, LinearRouter, at_least_float32
 from moetrain.moe.routing import Routing, ragged_routing
 from moetrain.ops import noise
 from moetrain.registry import register
@@ -35,7 +35,7 @@ MIN_TEMPERATURE = 1e-3
 
 @register("router", "dense_to_sparse", source="EvoMoE 2112.14397; activation: 2401.13875")
 @dataclass(kw_only=True)
-class DenseToSparseRouterConfig(Component):
+class DenseToSparseRouterConfig(LearnedRouterConfig):
     """Every expert whose probability at the present temperature is above a threshold.
 
     s = softmax((activation(x W^T) + b + Gumbel noise) / temperature). Weights are not renormalised.
@@ -44,13 +44,18 @@ class DenseToSparseRouterConfig(Component):
     activation: Literal["linear", "sigmoid", "tanh", "gelu", "silu"] = setting("linear", doc="of the scores, before the bias")
     logit_bias: bool = setting(False, doc="learned bias, added behind the activation")
     temperature: float = setting(2.0, doc="temperature at step 0; EvoMoE's code 1.0", gt=0)
-    final_temperature: float = setting(0.3, doc="temperature from decay_steps on; EvoMoE's code 0.5", gt=0)
+    final_temperature: float = setting(0.3, doc="temperature from decay_steps on; EvoMoE's code 0.5", gt=0, schedule="EvoMoE 2112.14397")
     decay: Literal["exponential", "linear", "constant", "learned"] = setting(
         "exponential", doc="course of the temperature in between; constant and learned: start at temperature and ignore the final one"
     )
     decay_steps: int | None = setting(None, doc="optimizer steps until the final temperature; default: all of them", ge=1)
     threshold: float = setting(0.001, doc="an expert is selected if its probability is above this; must be < 1/E", ge=0, lt=1)
-    hard_after: int | None = setting(None, doc="training: from this step on only the best expert of a token; released code 0", ge=0)
+    hard_after: int | None = setting(
+        None,
+        doc="training: from this step on only the best expert of a token; released code 0",
+        ge=0,
+        schedule="EvoMoE 2112.14397",
+    )
     noise: bool = setting(True, doc="training: Gumbel noise on the scores")
     weights: Literal["noisy", "clean"] = setting(
         "noisy", doc="training: weigh by s, or by the softmax without noise and at temperature 1 (the noise then only selects)"
@@ -67,7 +72,7 @@ class DenseToSparseRouterConfig(Component):
             limit = f"must be < 1 / experts.num_experts ({1 / num_experts:.3g}), or a token with even scores has no expert"
             yield Problem(f"{path}.threshold", self.threshold, limit)
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> DenseToSparseRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> DenseToSparseRouter:
         return DenseToSparseRouter(self, hidden_size, num_experts, dtype=dtype)
 
 
@@ -88,6 +93,7 @@ class DenseToSparseRouter(LinearRouter):
         self.register_buffer("decayed", torch.zeros((), dtype=torch.promote_types(dtype, torch.float32)))
 
     def begin_step(self, step: int, total_steps: int) -> None:
+        super().begin_step(step, total_steps)
         config = self.config
         self.decayed.fill_(min(1.0, step / (config.decay_steps or total_steps)))
         self.hard = config.hard_after is not None and step >= config.hard_after

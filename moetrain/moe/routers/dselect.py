@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
-from moetrain.moe.routers.base import Router, at_least_float32, uniform
+from moetrain.moe.routers.base import LearnedRouterConfig, Router, at_least_float32, uniform
 from moetrain.moe.routers.comet import LEAF_BOUND, entropy
 from moetrain.moe.routing import Routing, ragged_routing
 from moetrain.ops.smooth_step import smooth_step
@@ -25,7 +25,7 @@ LEAST_MASS = 1e-6
 
 @register("router", "dselect_k", source="DSelect-k 2106.03760")
 @dataclass(kw_only=True)
-class DSelectRouterConfig(Component):
+class DSelectRouterConfig(LearnedRouterConfig):
     """Smooth binary codes select experts; all with a non-zero gate take part, at most k once the codes are decided.
 
     The codes are exact for a power of two; else some mean no expert, and loss=trapped_experts keeps mass on the others.
@@ -47,7 +47,7 @@ class DSelectRouterConfig(Component):
         if num_experts < 2:
             yield Problem(path, self.kind, "needs at least two experts: a code needs a bit")
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> DSelectRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> DSelectRouter:
         return DSelectRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.moe.context import RouterContext
-from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routers.base import LearnedRouterConfig, LinearRouter
 from moetrain.moe.routing import Routing, ragged_routing
 from moetrain.registry import register
 
 
 @register("router", "expert_choice", source="Expert choice 2202.09368")
 @dataclass(kw_only=True)
-class ExpertChoiceConfig(Component):
+class ExpertChoiceConfig(LearnedRouterConfig):
     """Every expert takes the C tokens of a group with its largest probabilities, which are also the weights.
 
     Balanced without a loss. Not causal: a token's experts depend on later tokens of its group.
@@ -34,7 +34,7 @@ class ExpertChoiceConfig(Component):
         """Whether a decoder takes it."""
         return self.allow_future
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> ExpertChoiceRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> ExpertChoiceRouter:
         return ExpertChoiceRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

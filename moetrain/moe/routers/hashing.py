@@ -78,7 +78,7 @@ class TokenTableConfig(TopKRouterConfig):
         yield from super().check(path, num_experts=num_experts)
         yield from check_table(path, self.table, self.top_k, num_experts)
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TokenTableRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TokenTableRouter:
         return TokenTableRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

@@ -33,14 +33,14 @@ class ModuleFormerRouterConfig(TopKRouterConfig):
 
     def problems(self, path: str) -> Iterable[Problem]:
         yield from super().problems(path)
-        if self.logit_bias or not self.trained:
-            yield Problem(path, self.kind, f"needs {path}.logit_bias=false and {path}.trained=true")
+        if self.logit_bias:
+            yield Problem(f"{path}.logit_bias", True, "must be false: this gate has its bias in the hidden layer")
         if self.explored > self.top_k:
             yield Problem(f"{path}.explored", self.explored, f"must be <= {path}.top_k ({self.top_k})")
         if self.explored and (self.score != "softmax" or self.sampling != "none" or self.top_k_start is not None):
             yield Problem(f"{path}.explored", self.explored, f"needs {path}.score=softmax, no sampling and no top_k_start")
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> ModuleFormerRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> ModuleFormerRouter:
         return ModuleFormerRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

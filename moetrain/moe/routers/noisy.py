@@ -29,15 +29,13 @@ class NoisyTopKRouterConfig(TopKRouterConfig):
         yield from super().problems(path)
         if self.logit_noise:
             yield Problem(f"{path}.logit_noise", self.logit_noise, "must be 0: this router learns its noise")
-        if not self.trained:
-            yield Problem(f"{path}.trained", False, "must be true: only linear routers can be random")
 
     @property
     def provides(self) -> frozenset[str]:
         """Names that a routing has in ``aux`` in training."""
         return frozenset({"clean_logits", "noise_std"})
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> NoisyTopKRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> NoisyTopKRouter:
         return NoisyTopKRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

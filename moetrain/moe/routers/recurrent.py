@@ -30,7 +30,7 @@ class RecurrentTopKRouterConfig(TopKRouterConfig):
         "carried", doc="the previous layer's state, with its gradient; without (ablation); zero in every layer (ablation)"
     )
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> RecurrentTopKRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> RecurrentTopKRouter:
         return RecurrentTopKRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

@@ -37,7 +37,7 @@ class ResidualTopKRouterConfig(TopKRouterConfig):
         if self.logit_bias:
             yield Problem(f"{path}.logit_bias", True, "must be false: these scores have no bias")
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> ResidualTopKRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> ResidualTopKRouter:
         return ResidualTopKRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.moe.context import RouterContext
-from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routers.base import LearnedRouterConfig, LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
 from moetrain.ops import noise
 from moetrain.registry import register
@@ -26,13 +26,13 @@ HEUN_CHANCE = 0.75
 
 @register("router", "sparsemixer", source="SparseMixer 2310.00811, SparseMixer-v2 2409.12136")
 @dataclass(kw_only=True)
-class SparseMixerConfig(Component):
+class SparseMixerConfig(LearnedRouterConfig):
     """K rounds of one sampled expert each, weights not normalised against each other (Phi-3.5-MoE)."""
 
     top_k: int = setting(doc="experts per token", ge=1, follows="model.top_k")
     band: float = setting(0.01, doc="eps: experts further than 2 eps below the best, relative to their size, do not take part", gt=0)
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> SparseMixer:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> SparseMixer:
         return SparseMixer(self, hidden_size, num_experts, dtype=dtype)
 
 

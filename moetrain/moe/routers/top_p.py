@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.errors import Problem
 from moetrain.moe.context import RouterContext
-from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routers.base import LearnedRouterConfig, LinearRouter
 from moetrain.moe.routing import Routing, ragged_routing
 from moetrain.registry import register
 
 
 @register("router", "top_p", source="Dynamic routing 2403.07652 section 3")
 @dataclass(kw_only=True)
-class TopPRouterConfig(Component):
+class TopPRouterConfig(LearnedRouterConfig):
     """Each token takes the fewest experts whose softmax probabilities, which are also the weights, sum to more than p."""
 
     threshold: float = setting(0.4, doc="p, probability that a token's experts must exceed together; 0: one expert, 1: all", ge=0, le=1)
@@ -33,7 +33,7 @@ class TopPRouterConfig(Component):
         if self.max_experts is not None and self.max_experts > num_experts:
             yield Problem(f"{path}.max_experts", self.max_experts, f"must be <= experts.num_experts ({num_experts})")
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopPRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopPRouter:
         return TopPRouter(self, hidden_size, num_experts, dtype=dtype)
 
 

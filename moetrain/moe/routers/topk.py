@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moetrain.config import Component, setting
+from moetrain.config import setting
 from moetrain.errors import Problem
 from moetrain.moe.context import LayerStatistics, RouterContext
 from moetrain.moe.experts.zero import ZeroExpertsConfig
-from moetrain.moe.routers.base import LinearRouter
+from moetrain.moe.routers.base import LearnedRouterConfig, LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
-from moetrain.moe.schedules import TopKSchedule, scheduled_top_k
+from moetrain.moe.schedules import Course, TopKSchedule, scheduled_top_k, scheduled_value
 from moetrain.ops import noise
 from moetrain.registry import register
 
@@ -34,16 +34,26 @@ Score = Literal["softmax", "sigmoid", "sqrt_softplus", "logit"]
 
 @register("router", "topk", source="Switch 2101.03961, GShard 2006.16668, DeepSeek-V3 2412.19437 eq. 12-16")
 @dataclass(kw_only=True)
-class TopKRouterConfig(Component):
+class TopKRouterConfig(LearnedRouterConfig):
     """Linear router: each token takes its K best experts."""
 
     top_k: int = setting(doc="experts per token", ge=1, follows="model.top_k")
-    top_k_start: int | None = setting(None, doc="experts per token in the first step, on the way to top_k; default: top_k", ge=1)
+    top_k_start: int | None = setting(
+        None,
+        doc="experts per token in the first step, on the way to top_k; default: top_k",
+        ge=1,
+        schedule="SMoE-Dropout 2303.01610",
+    )
     top_k_schedule: TopKSchedule = setting("linear", doc="the way from top_k_start to top_k (SMoE-Dropout); step: doubled or halved")
-    trained: bool = setting(True, doc="false: random weights that stay as they are (SMoE-Dropout)")
-    trained_from: float = setting(0.0, doc="part of training after which the router is trained; frozen before", ge=0, lt=1)
-    trained_until: float = setting(1.0, doc="part of training after which the router is frozen", gt=0, le=1)
     score: Score = setting("softmax", doc="affinity from the logits; softmax is over all experts")
+    temperature: float = setting(1.0, doc="divides the logits (after soft cap and noise) in scores and probabilities", gt=0)
+    temperature_start: float | None = setting(
+        None,
+        doc="temperature in the first step, on the way to temperature (annealed gate); default: temperature",
+        gt=0,
+        schedule="EvoMoE 2112.14397",
+    )
+    temperature_schedule: Course = setting("exponential", doc="the way from temperature_start to temperature")
     selected_softmax: bool = setting(False, doc="weights are the softmax over the K selected scores (GPT-OSS, Granite, JetMoE)")
     renormalise: bool = setting(False, doc="divide the K weights of a token by their sum")
     renormalise_epsilon: float = setting(0.0, doc="added to that sum; DeepSeek-V3 1e-20, GLaM 1e-9", ge=0)
@@ -54,7 +64,10 @@ class TopKRouterConfig(Component):
     group_score_experts: int = setting(1, doc="a group's score is the sum of its best n selection scores; DeepSeek-V2 1, V3 2", ge=1)
     logit_bias: bool = setting(False, doc="learned bias inside the logits (GPT-OSS)")
     selection_bias: bool = setting(False, doc="bias [E] that moves the selection but not the weights (aux-loss-free balancing)")
-    bias_update_rate: float = setting(0.0, doc="gamma: after each step b += gamma * sign(mean load - load); DeepSeek-V3 1e-3", ge=0)
+    bias_update_rate: float = setting(0.0, doc="gamma of the update of that bias after each step; DeepSeek-V3 1e-3", ge=0)
+    bias_update: Literal["sign", "proportional"] = setting(
+        "sign", doc="b += gamma * sign(mean load - load) (DeepSeek-V3), or gamma * (mean load - load) / mean load (2408.15664)"
+    )
     renormalise_null: bool = setting(
         True, doc="null experts count in that sum; false: they get weight 0 and the others sum to one (AdaMoE, MoE++'s code)"
     )
@@ -69,10 +82,9 @@ class TopKRouterConfig(Component):
     )
 
     def problems(self, path: str) -> Iterable[Problem]:
-        if self.trained_from >= self.trained_until:
-            yield Problem(f"{path}.trained_from", self.trained_from, f"must be < {path}.trained_until ({self.trained_until})")
-        if not self.trained and (self.trained_from > 0 or self.trained_until < 1):
-            yield Problem(f"{path}.trained", False, f"needs {path}.trained_from=0 and {path}.trained_until=1: it is never trained")
+        yield from super().problems(path)
+        if self.temperature_start is None and self.temperature_schedule != "exponential":
+            yield Problem(f"{path}.temperature_schedule", self.temperature_schedule, f"needs {path}.temperature_start")
         if self.groups_per_token > self.num_groups:
             yield Problem(f"{path}.groups_per_token", self.groups_per_token, f"must be <= {path}.num_groups ({self.num_groups})")
         if self.bias_update_rate and not self.selection_bias:
@@ -109,26 +121,32 @@ class TopKRouterConfig(Component):
         """Names that a routing has in ``aux`` in training."""
         return frozenset({"clean_logits", "noise_std"} if self.logit_noise else ())
 
-    def build(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopKRouter:
+    def make(self, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> TopKRouter:
         return TopKRouter(self, hidden_size, num_experts, dtype=dtype)
 
 
 class TopKRouter(LinearRouter):
     """See the module's docstring. Selection bias is a buffer [E'], float32, never touched by the optimizer.
 
-    top_k: experts per token at present; a schedule moves it, and evaluation may set it.
+    top_k: experts per token at present; a schedule moves it, and evaluation may set it. temperature: buffer [], the present
+    one if a schedule moves it.
     """
 
     selection_bias: Tensor | None
+    temperature: Tensor | None
     top_k: int
 
     def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, *, dtype: torch.dtype) -> None:
         columns = num_experts + config.zero_experts.count
-        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, trained=config.trained, dtype=dtype)
+        super().__init__(hidden_size, num_experts, num_columns=columns, bias=config.logit_bias, dtype=dtype)
         self.config = config
         self.top_k = config.top_k
-        buffer = torch.zeros(columns, dtype=torch.promote_types(dtype, torch.float32)) if config.selection_bias else None
-        self.register_buffer("selection_bias", buffer)
+        dtype = torch.promote_types(dtype, torch.float32)
+        self.register_buffer("selection_bias", torch.zeros(columns, dtype=dtype) if config.selection_bias else None)
+        annealed = config.temperature_start is not None
+        self.register_buffer("temperature", torch.empty((), dtype=dtype) if annealed else None)
+        if config.temperature_start is not None:
+            self.initial = {**self.initial, "temperature": config.temperature_start}
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
@@ -147,11 +165,14 @@ class TopKRouter(LinearRouter):
         return None
 
     def begin_step(self, step: int, total_steps: int) -> None:
-        """Experts per token of this step, and whether the router is trained in it."""
+        """Experts per token and temperature of this step."""
+        super().begin_step(step, total_steps)
         config = self.config
         if config.top_k_start is not None:
             self.top_k = scheduled_top_k(config.top_k_start, config.top_k, step, total_steps, config.top_k_schedule)
-        self.frozen = not config.trained_from * total_steps <= step < config.trained_until * total_steps
+        if self.temperature is not None and config.temperature_start is not None:
+            course = config.temperature_schedule
+            self.temperature.fill_(scheduled_value(config.temperature_start, config.temperature, step, total_steps, course))
 
     def route(self, logits: Tensor, ctx: RouterContext, noise_std: Tensor | None = None) -> Routing:
         """logits: [T, E'] in at least float32 -> Routing. noise_std: deviations of their noise in training [T, E'];
@@ -165,9 +186,14 @@ class TopKRouter(LinearRouter):
         if noise_std is not None and ctx.training:
             aux = {"clean_logits": logits, "noise_std": noise_std}
             logits = logits + noise_std * noise.normal(self.draws("logit_noise", logits, ctx)).to(logits.dtype)
-        probs = distribution(logits, config.score)
-        scores = probs if config.score == "softmax" else score(logits, config.score)
-        index = ctx.once("select", lambda: self.choose(logits.detach(), scores.detach(), ctx))
+        scaled = logits
+        if self.temperature is not None:
+            scaled = logits / self.temperature.to(logits.dtype)
+        elif config.temperature != 1.0:
+            scaled = logits / config.temperature
+        probs = distribution(scaled, config.score)
+        scores = probs if config.score == "softmax" else score(scaled, config.score)
+        index = ctx.once("select", lambda: self.choose(scaled.detach(), scores.detach(), ctx))
         weight = scores.gather(1, index)
         if config.selected_softmax:
             weight = torch.softmax(weight, dim=1)
@@ -222,10 +248,15 @@ class TopKRouter(LinearRouter):
 
     @torch.no_grad()
     def end_step(self, statistics: LayerStatistics) -> None:
-        """DeepSeek-V3: overloaded experts lose gamma, underloaded ones gain it, balanced ones stay."""
+        """Overloaded experts become less attractive, underloaded ones more, balanced ones stay."""
         if self.selection_bias is not None and self.config.bias_update_rate:
             load = statistics.selected.to(self.selection_bias.dtype)
-            self.selection_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
+            lack = load.mean() - load
+            if self.config.bias_update == "sign":
+                lack = torch.sign(lack)
+            else:  # relative, so that gamma does not depend on the batch size
+                lack /= load.mean().clamp_min(torch.finfo(load.dtype).tiny)
+            self.selection_bias += self.config.bias_update_rate * lack
 
 
 def score(logits: Tensor, kind: Score) -> Tensor:

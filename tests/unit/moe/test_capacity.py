@@ -283,3 +283,13 @@ def test_places_number_the_entries_of_each_expert_from_zero() -> None:
     for queue in {(int(t) // S, int(e)) for t, e in zip(routing.token, routing.expert, strict=True)}:
         mine = (routing.token // S == queue[0]) & (routing.expert == queue[1])
         assert sorted(places[mine].tolist()) == list(range(int(mine.sum())))
+
+
+def test_the_capacity_factor_moves_to_its_end_which_holds_in_evaluation() -> None:
+    expert = torch.zeros(B * S, 1, dtype=torch.int64)
+    routing, policy = fixed_routing(expert, torch.ones(B * S, 1), num_experts=1), SlotsConfig(factor=0.2, factor_start=1.0).build()
+    kept = [int(policy(routing, context(step=step, total_steps=4)).dispatched.sum()) for step in range(5)]
+    assert kept == [B * slots for slots in (10, 8, 6, 4, 2)]
+    assert int(policy(routing, context(training=False)).dispatched.sum()) == B * 2
+    with pytest.raises(ConfigError, match=r"factor_start.*tokens fixes C"):
+        load(SlotsConfig, {"factor_start": 1.0, "tokens": 3})

@@ -157,7 +157,7 @@ def test_recomputation_changes_no_gradient_loss_or_count() -> None:
     assert_close(again.losses, ctx.losses, "exact", name="losses")
     assert ctx.statistics.keys() == again.statistics.keys() == {"layers.1.ffn", "layers.2.ffn"}
     for name, seen in ctx.statistics.items():
-        assert vars(seen).keys() == {"selected", "dispatched", "entropy", "tokens"}
+        assert vars(seen).keys() == {"selected", "dispatched", "entropy", "tokens", "router"}
         assert_close(vars(again.statistics[name]), vars(seen), "exact", name=name)
         assert int(seen.selected.sum()) == 2 * int(seen.tokens) and int(seen.dispatched.sum()) < int(seen.selected.sum())
 

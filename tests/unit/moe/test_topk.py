@@ -143,6 +143,19 @@ def test_the_bias_update_moves_only_unbalanced_experts_by_gamma() -> None:
     assert_close(router.selection_bias, expected, "exact")
 
 
+def test_a_proportional_update_is_relative_to_the_mean_load_and_evens_out() -> None:
+    router = make(selection_bias=True, bias_update_rate=0.01, bias_update="proportional")
+    for scale in (1, 1000):
+        router.selection_bias.zero_()
+        counts = scale * torch.tensor([5, 5, 9, 1] + [5] * (E - 4))
+        router.end_step(LayerStatistics(counts, counts, torch.zeros(()), counts.sum()))
+        expected = torch.tensor([0, 0, -0.008, 0.008] + [0] * (E - 4), dtype=torch.float64)
+        assert_close(router.selection_bias, expected, "layout")
+    none = torch.zeros(E, dtype=torch.int64)
+    router.end_step(LayerStatistics(none, none, torch.zeros(()), none.sum()))
+    assert_close(router.selection_bias, expected, "layout")
+
+
 @pytest.mark.parametrize(("num_groups", "keep", "best"), [(4, 2, 1), (4, 2, 2), (6, 3, 2), (3, 1, 3), (12, 5, 1)])
 def test_a_token_uses_only_its_best_groups(num_groups: int, keep: int, best: int) -> None:
     router = make(num_groups=num_groups, groups_per_token=keep, group_score_experts=best)
