@@ -51,10 +51,11 @@ def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tens
 
 def normal(draws: Tensor) -> Tensor:
     """Standard normal numbers from uniform ones, by the quantile function; float64 draws reach further into the tails."""
-    return torch.special.ndtri(draws.clamp_min(SMALLEST))
+    positive = draws.clamp_min(SMALLEST)
+    return torch.special.ndtri(positive, out=positive)
 
 
 def gumbel(draws: Tensor) -> Tensor:
     """Gumbel(0, 1) numbers from uniform ones. The K largest of log-probabilities plus such noise are K choices drawn
     without replacement (Kool, van Hoof, Welling, 1903.06059)."""
-    return -torch.log(-torch.log(draws.clamp_min(SMALLEST)))
+    return draws.clamp_min(SMALLEST).log_().neg_().log_().neg_()

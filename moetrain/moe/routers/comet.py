@@ -120,25 +120,19 @@ class CometRouter(Router):
 
 
 def leaf_probabilities(left: Tensor) -> Tensor:
-    """[T, k, E] probability of each leaf, from that of going left at each of the E - 1 nodes [T, k, E - 1]."""
-    branches = torch.cat([left, 1 - left, torch.ones_like(left[..., :1])], dim=-1)
-    return branches[..., torch.tensor(tree_paths(left.shape[-1] + 1), device=left.device)].prod(dim=-1)
+    """[T, k, E] probability of each leaf, from that of going left at each of the E - 1 nodes [T, k, E - 1].
 
-
-def tree_paths(num_leaves: int) -> list[list[int]]:
-    """The branches on the way to each leaf of a heap: n is the left one of node n, E - 1 + n the right one. Shorter paths
-    are filled up with 2 (E - 1)."""
-    splits = num_leaves - 1
-    paths = []
-    for leaf in range(splits, 2 * splits + 1):
-        path, node = [], leaf
-        while node:
-            parent = (node - 1) // 2
-            path.append(parent if node % 2 else splits + parent)
-            node = parent
-        paths.append(path)
-    depth = max(map(len, paths))
-    return [path + [2 * splits] * (depth - len(path)) for path in paths]
+    Nodes and then leaves are numbered level by level, as in a heap; leaves of the last but one level come first.
+    """
+    level = left.new_ones(*left.shape[:-1], 1)
+    leaves = []
+    while level.shape[-1]:
+        turn = left[..., : level.shape[-1]]
+        left = left[..., turn.shape[-1] :]
+        reached, outer = level.tensor_split([turn.shape[-1]], dim=-1)
+        leaves.append(outer)
+        level = torch.stack([reached * turn, reached * (1 - turn)], dim=-1).flatten(-2)
+    return torch.cat(leaves, dim=-1)
 
 
 def entropy(p: Tensor) -> Tensor:

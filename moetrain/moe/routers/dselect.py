@@ -89,10 +89,11 @@ class DSelectRouter(Router):
     def selectors(self, x: Tensor) -> Tensor:
         """[T, k, E] share of each expert in each selector: the product over the bits of its number."""
         codes = affine(x, self.code_weight, self.code_bias).unflatten(1, (-1, self.bits))
-        ones = smooth_step(codes, self.config.width)[:, :, None]
-        experts = torch.arange(self.num_experts, device=x.device)[:, None]
-        digits = experts >> torch.arange(self.bits - 1, -1, -1, device=x.device) & 1  # most significant first
-        return torch.where(digits.bool(), ones, 1 - ones).prod(dim=3)
+        ones = smooth_step(codes, self.config.width)
+        share = torch.ones_like(ones[:, :, :1])
+        for one in ones.split(1, dim=2):  # most significant bit first
+            share = torch.stack([share * (1 - one), share * one], dim=3).flatten(2)
+        return share[:, :, : self.num_experts]
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from moetrain.config import setting
 from moetrain.errors import Problem
+from moetrain.moe.context import RouterContext
 from moetrain.moe.routers.base import at_least_float32
 from moetrain.moe.routers.topk import Score, TopKRouter, TopKRouterConfig
+from moetrain.moe.routing import Routing
 from moetrain.registry import register
 
 
@@ -49,7 +51,15 @@ class NoisyTopKRouter(TopKRouter):
         self.noise_weight = nn.Parameter(torch.empty(self.num_columns, hidden_size, dtype=dtype))
         self.epsilon = config.noise_epsilon
 
-    def noise_std(self, x: Tensor) -> Tensor:
-        """[T, E']: softplus(x W_noise^T) + epsilon, in at least float32."""
+    def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
+        """x: [T, D] -> fixed-k Routing."""
+        x = self.jittered(x, ctx)
+        if not ctx.training:
+            return self.route(self.logits(x), ctx)
         x = at_least_float32(x)
-        return F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + self.epsilon
+        # one product reads x, and in backward writes its gradient, once
+        both = F.linear(x, torch.cat([self.weight, self.noise_weight]).to(x.dtype))
+        logits, spread = both.chunk(2, dim=1)
+        if self.bias is not None:
+            logits = logits + self.bias.to(x.dtype)
+        return self.route(logits, ctx, noise_std=F.softplus(spread) + self.epsilon)

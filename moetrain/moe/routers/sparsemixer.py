@@ -16,7 +16,6 @@ from moetrain.config import setting
 from moetrain.moe.context import RouterContext
 from moetrain.moe.routers.base import LearnedRouterConfig, LinearRouter
 from moetrain.moe.routing import Routing, fixed_routing
-from moetrain.ops import noise
 from moetrain.registry import register
 
 HEUN_POINT = 1 / 3
@@ -50,9 +49,10 @@ class SparseMixer(LinearRouter):
     def route(self, logits: Tensor, ctx: RouterContext) -> Routing:
         """logits: [T, E] in at least float32 -> Routing."""
         experts, weights = [], []
-        left = logits
+        left = logits.detach()
         for turn in range(self.top_k):
-            banded = torch.softmax(left.masked_fill(self.outside(logits.detach(), left.detach()), -torch.inf), dim=1)
+            # from the logits themselves: their gradient need not pass through the rounds before
+            banded = torch.softmax(logits.masked_fill(self.outside(logits.detach(), left), -torch.inf), dim=1)
             expert, factor = ctx.once(f"round_{turn}", lambda p=banded, t=turn: self.choose(p.detach(), t, ctx))  # type: ignore[misc]
             weight = banded.gather(1, expert)
             weights.append(weight + (weight * (factor - 1)).detach())
@@ -68,16 +68,18 @@ class SparseMixer(LinearRouter):
         )
 
     def outside(self, logits: Tensor, left: Tensor) -> Tensor:
-        """[T, E] bool: experts too far below the best of those that are left."""
+        """[T, E] bool: experts that are taken, or too far below the best of those that are left."""
         best = left.max(dim=1, keepdim=True).values
-        return (best - logits) / logits.abs().clamp_min(best) > 2 * self.band
+        return best - left > 2 * self.band * logits.abs().clamp_min(best)
 
     def choose(self, probs: Tensor, turn: int, ctx: RouterContext) -> tuple[Tensor, Tensor]:
         """Expert [T, 1] and the factor [T, 1] on its weight. probs: [T, E] over the band, without gradient."""
         best = probs.argmax(dim=1, keepdim=True)
         if not ctx.training:
             return best, torch.ones_like(probs[:, :1])
-        draws = ctx.uniform(f"round_{turn}", self.num_experts + 1, dtype=torch.float64, device=probs.device)
-        drawn = (probs.log() + noise.gumbel(draws[:, :-1])).argmax(dim=1, keepdim=True)
-        whole = (drawn == best) | (draws[:, -1:] >= HEUN_CHANCE)
+        draws = ctx.uniform(f"round_{turn}", 2, dtype=probs.dtype, device=probs.device)
+        # the first expert up to which the probabilities exceed the draw; draws have as many digits as their sum, or fewer
+        summed = probs.cumsum(dim=1)
+        drawn = torch.searchsorted(summed, draws[:, :1] * summed[:, -1:], right=True)
+        whole = (drawn == best) | (draws[:, 1:] >= HEUN_CHANCE)
         return drawn, torch.full_like(probs[:, :1], HEUN_POINT).masked_fill(whole, 1.0)

@@ -150,8 +150,7 @@ class TopKRouter(LinearRouter):
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Routing:
         """x: [T, D] -> fixed-k Routing."""
-        x = self.jittered(x, ctx)
-        return self.route(self.logits(x), ctx, noise_std=self.noise_std(x) if ctx.training else None)
+        return self.route(self.logits(self.jittered(x, ctx)), ctx)
 
     def jittered(self, x: Tensor, ctx: RouterContext) -> Tensor:
         """The input [T, D] of the scores."""
@@ -159,10 +158,6 @@ class TopKRouter(LinearRouter):
             return x
         draws = ctx.uniform("jitter", x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         return x * (1 + self.config.jitter * (2 * draws - 1))
-
-    def noise_std(self, x: Tensor) -> Tensor | None:
-        """[T, E'] deviations of the noise on the logits of x [T, D] if they are learned, else None."""
-        return None
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Experts per token and temperature of this step."""
@@ -293,7 +288,11 @@ def limit_groups(scores: Tensor, num_groups: int, keep: int, best: int) -> Tenso
     Groups are equal runs of neighbouring experts; a group's score is the sum of its ``best`` largest scores.
     """
     grouped = scores.unflatten(1, (num_groups, -1))
-    group_score = grouped.topk(best, dim=2).values.sum(dim=2)
+    left, group_score = grouped, torch.zeros_like(grouped[:, :, 0])
+    for _ in range(best):  # one maximum after the other: faster than topk, which costs much per group
+        largest = left.max(dim=2, keepdim=True)
+        group_score += largest.values[:, :, 0]
+        left = left.scatter(2, largest.indices, -torch.inf)
     chosen = group_score.topk(keep, dim=1).indices
-    allowed = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, chosen, True)
-    return grouped.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
+    excluded = torch.full_like(group_score, -torch.inf).scatter_(1, chosen, 0.0)
+    return (grouped + excluded[:, :, None]).flatten(1)

@@ -40,7 +40,8 @@ def test_noise_is_in_training_only_and_the_router_starts_without_a_preference() 
     evaluated = router(inputs(), context(training=False))
     assert torch.equal(evaluated.logits, router.logits(inputs())) and not evaluated.aux
     trained = router(inputs(), context())
-    assert not torch.equal(trained.logits, evaluated.logits) and torch.equal(trained.aux["clean_logits"], evaluated.logits)
+    assert not torch.equal(trained.logits, evaluated.logits)
+    assert_close(trained.aux["clean_logits"], evaluated.logits, "layout")  # of one product with the noise's matrix: other rounding
     for parameter in router.parameters():
         nn.init.zeros_(parameter)
     started = router(inputs(4000), context(40, 100))
