@@ -71,9 +71,19 @@ class LearnedRouterConfig(Component):
 
     trained: bool = setting(True, doc="false: random weights that stay as they are (SMoE-Dropout)")
     trained_from: float = setting(
-        0.0, doc="part of training after which the router is trained; frozen before", ge=0, lt=1, schedule="router freezing"
+        0.0,
+        doc="part of training after which the router is trained; frozen before",
+        ge=0,
+        lt=1,
+        schedule="counterpart of trained_until",
     )
-    trained_until: float = setting(1.0, doc="part of training after which the router is frozen", gt=0, le=1, schedule="router freezing")
+    trained_until: float = setting(
+        1.0,
+        doc="part of training after which the router is frozen",
+        gt=0,
+        le=1,
+        schedule="StableMoE 2204.08396 (second stage)",
+    )
 
     def problems(self, path: str) -> Iterable[Problem]:
         if self.trained_from >= self.trained_until:
