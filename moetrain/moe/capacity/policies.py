@@ -81,6 +81,8 @@ class SlotsConfig(Component):
     def problems(self, path: str) -> Iterable[Problem]:
         if self.num_groups > 1 and self.scope != "rank":
             yield Problem(f"{path}.num_groups", self.num_groups, f"needs {path}.scope=rank; a sequence is one group")
+        if self.factor_start is None and self.factor_schedule != "linear":
+            yield Problem(f"{path}.factor_schedule", self.factor_schedule, f"needs {path}.factor_start")
         if self.factor_start is not None and self.tokens is not None:
             yield Problem(f"{path}.factor_start", self.factor_start, f"has no effect: {path}.tokens fixes C")
 

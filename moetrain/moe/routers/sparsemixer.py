@@ -78,7 +78,8 @@ class SparseMixer(LinearRouter):
         if not ctx.training:
             return best, torch.ones_like(probs[:, :1])
         draws = ctx.uniform(f"round_{turn}", 2, dtype=probs.dtype, device=probs.device)
-        # the first expert up to which the probabilities exceed the draw; draws have as many digits as their sum, or fewer
+        # the first expert up to which the probabilities exceed the draw. There is one: a draw below 1 with no more digits than
+        # the sum has makes a product below the sum
         summed = probs.cumsum(dim=1)
         drawn = torch.searchsorted(summed, draws[:, :1] * summed[:, -1:], right=True)
         whole = (drawn == best) | (draws[:, 1:] >= HEUN_CHANCE)

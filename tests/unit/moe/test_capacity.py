@@ -291,5 +291,9 @@ def test_the_capacity_factor_moves_to_its_end_which_holds_in_evaluation() -> Non
     kept = [int(policy(routing, context(step=step, total_steps=4)).dispatched.sum()) for step in range(5)]
     assert kept == [B * slots for slots in (10, 8, 6, 4, 2)]
     assert int(policy(routing, context(training=False)).dispatched.sum()) == B * 2
-    with pytest.raises(ConfigError, match=r"factor_start.*tokens fixes C"):
-        load(SlotsConfig, {"factor_start": 1.0, "tokens": 3})
+    for data, message in (
+        ({"factor_start": 1.0, "tokens": 3}, r"factor_start.*tokens fixes C"),
+        ({"factor_schedule": "cosine"}, r"factor_schedule.*needs .*factor_start"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(SlotsConfig, data)
