@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import os
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 STACKS_SIGNAL = signal.SIGQUIT
@@ -162,8 +164,16 @@ def _process_state(task: Task) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(False)
-        # Cached results hold the meshes, and so the process groups, of the task that has ended.
-        _clear_sharding_prop_cache()
+        _release_process_groups()
+
+
+def _release_process_groups() -> None:
+    """Drops what holds the meshes of the task that has ended: their process groups keep three threads each."""
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # not in every torch that the package allows
+        _redistribute.clear_redistribute_planner_cache()
+    gc.collect()
 
 
 def _pickled(error: BaseException) -> bytes:

@@ -10,6 +10,7 @@ Letters: T tokens per rank, D model, F expert hidden, E experts, K choices per t
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
@@ -59,8 +60,8 @@ def routing_trace(kind: str, steps: int, tokens: int, experts: int, top_k: int, 
 
     kind: ``uniform``; ``zipf:A``, the choices of a router whose logits are -A ln(rank of the expert) plus standard normal
     noise, the hottest experts with the lowest ids; ``one``, every token to the first ``top_k`` experts; or a file
-    ``loads.jsonl`` that ``metrics.trace_routing`` has written, ``FILE:LAYER`` for another than its first layer: its last
-    ``steps`` steps.
+    ``loads.jsonl`` that ``metrics.trace_routing`` has written, or that gzipped, ``FILE:LAYER`` for another than its first
+    layer: its last ``steps`` steps.
 
     Raises ValueError for another kind, and for a file whose loads do not fit.
     """
@@ -83,7 +84,8 @@ def routing_trace(kind: str, steps: int, tokens: int, experts: int, top_k: int, 
 
 def read_loads(path: Path, layer: str, steps: int) -> np.ndarray:
     """[steps, E] loads of all ranks together, of the file's last steps; of its first layer if ``layer`` is empty."""
-    lines = [json.loads(line)["loads"] for line in path.read_text(encoding="utf-8").splitlines()]
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        lines = [json.loads(line)["loads"] for line in file]
     if len(lines) < steps:
         raise ValueError(f"{path} has {len(lines)} steps, {steps} are needed")
     layer = layer or next(iter(lines[0]))
