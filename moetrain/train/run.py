@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -197,6 +198,7 @@ class Trainer:
         if has_one_expert(config, self.events) and progress.step >= (config.spawn_step() or 0):
             with phases("events"):
                 self.spawn()
+                gc.collect()  # modules and their hooks are cycles, which would keep the former state in memory
         first = spawned_after(self.events) or 0  # what routers schedule begins when there are routers
         for layer in self.placed.model.moe_layers().values():
             layer.router.begin_step(progress.step - first, config.train.steps - first)
