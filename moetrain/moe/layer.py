@@ -99,7 +99,10 @@ def statistics(routing: Routing, ctx: RouterContext) -> LayerStatistics:
 
 @dataclass(kw_only=True)
 class MoEParts:
-    """Configurations of the replaceable parts, from which a model builds the MoE layers it wants."""
+    """Configurations of the replaceable parts, from which a model builds the MoE layers it wants.
+
+    one_expert: the experts have not been spawned yet (``experts.spawn``).
+    """
 
     router: Any
     experts: Any
@@ -107,6 +110,7 @@ class MoEParts:
     loss: Mapping[str, Any] = field(default_factory=dict)
     dropout: Mapping[str, Any] = field(default_factory=dict)
     mixer: Any = field(default_factory=ResidualConfig)
+    one_expert: bool = False
 
     def build(self, hidden_size: int, *, dtype: torch.dtype, shared: nn.Module | None = None) -> MoELayer:
         """One MoE layer for inputs of ``hidden_size`` features."""

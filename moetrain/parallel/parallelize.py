@@ -54,6 +54,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Put a value, whole and the same on every rank, into a tensor of which this rank may hold a part."""
+    value = value.to(tensor.device)
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+    local(tensor).copy_(value)
+
+
 @dataclass
 class ParallelModel:
     """A model in its layout.
@@ -211,10 +219,7 @@ class ParallelModel:
             for logical, tensor in self.logical(name, parameter):
                 init = find_init(self.model, logical)
                 dtype = tensor.dtype
-                value = draw(logical, tuple(tensor.shape), init, seed=seed, dtype=dtype).to(self.device)
-                if isinstance(tensor, DTensor):
-                    value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-                local(tensor).copy_(value)
+                write(tensor, draw(logical, tuple(tensor.shape), init, seed=seed, dtype=dtype))
         for name, buffer in self.model.named_buffers():
             init = find_init(self.model, name) if is_fixed(self.model, name) else router_init(self.model, name) or Constant(0.0)
             buffer.copy_(draw(name, buffer.shape, init, seed=seed, dtype=buffer.dtype))
@@ -276,7 +281,7 @@ def parallelize(
     placement: dict[str, Any] = {}
     families = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     owned: frozenset[str] = frozenset()
-    if layout.places_experts:
+    if layout.places_experts and families:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
         profile = profile or machine_profile(layout, ranks, device)
         placement = place_experts(model, layout, connect(layout, ranks, device, profile), device, recompute, tokens_per_pass, profile)

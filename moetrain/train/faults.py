@@ -7,7 +7,7 @@ step. Actions: ``kill`` (SIGKILL to itself), ``stop`` (SIGSTOP), ``exit`` (statu
 Points so far: ``step.begin`` (before an optimizer step), ``ckpt.begin`` (before anything is written),
 ``ckpt.shard`` (a rank's file is written, the index is not), ``ckpt.manifest`` (rank 0; all files but the manifest
 are written), ``ckpt.rename`` (rank 0; complete but not yet under its name), ``ckpt.prune`` (rank 0; an old
-checkpoint is hidden but not yet deleted).
+checkpoint is hidden but not yet deleted), ``event.spawn`` (experts are made, but the run does not have them yet).
 """
 
 from __future__ import annotations

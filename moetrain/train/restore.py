@@ -13,6 +13,7 @@ from moetrain.parallel.layouts import Layout
 from moetrain.parallel.parallelize import ParallelModel, parallelize
 from moetrain.parallel.ranks import Ranks
 from moetrain.train import checkpoint
+from moetrain.train.events import has_one_expert
 from moetrain.train.run import build_model
 from moetrain.train.settings import Config
 from moetrain.train.state import model_tensors
@@ -56,8 +57,10 @@ def restore(run: str, *, device: str = "auto", router: Mapping[str, Any] | None 
     config = read_config(folder, router)
     if path is None:
         raise CheckpointError(f"run {str(folder)!r} holds no complete checkpoint")
-    vocab_size = checkpoint.read_info(path).shapes["model.embed"][0]
-    placed = parallelize(build_model(config, vocab_size), Layout("single", 1, 1), Ranks(), device=Ranks().device(device))
+    stored = checkpoint.read_info(path)
+    one_expert = has_one_expert(config, stored.info.get("events", []))
+    model = build_model(config, stored.shapes["model.embed"][0], one_expert=one_expert)
+    placed = parallelize(model, Layout("single", 1, 1), Ranks(), device=Ranks().device(device))
     checkpoint.load(path, model_tensors(placed))
     placed.model.eval()
     return RestoredRun(config, folder, path, placed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from moetrain.config import dump
 from moetrain.data import PackedSequences, PreparedData, prepare
 from moetrain.errors import CheckpointError, ConfigError, Problem, TrainingError
+from moetrain.models.common.channel import OneExpert
 from moetrain.models.common.decoder import Decoder
 from moetrain.moe.layer import MoEParts
 from moetrain.parallel.collectives import traffic
@@ -25,6 +27,7 @@ from moetrain.train import checkpoint, faults
 from moetrain.train.checkpoint import Checkpointer
 from moetrain.train.data import BatchPlan
 from moetrain.train.display import Display
+from moetrain.train.events import SPAWN, has_one_expert, spawn_experts, spawned_after
 from moetrain.train.flops import FlopCounter, count_parameters, peak_flops
 from moetrain.train.metrics import MetricsFile, Phases, Recorder, open_sinks
 from moetrain.train.optim import set_learning_rate
@@ -57,12 +60,35 @@ def run_training(
         return {"status": "complete", "step": trainer.progress.step, "run_dir": str(run_dir), **trainer.summary()}
 
 
-def build_model(config: Config, vocab_size: int) -> Decoder:
-    """The model of a run on the meta device."""
+def build_model(config: Config, vocab_size: int, *, one_expert: bool = False) -> Decoder:
+    """The model of a run on the meta device. one_expert: as it is before its experts are spawned."""
     names = ("router", "experts", "capacity", "loss", "dropout", "mixer")
-    parts = MoEParts(**{name: getattr(config, name) for name in names})
+    parts = MoEParts(**{name: getattr(config, name) for name in names}, one_expert=one_expert)
     with torch.device("meta"):
-        return config.model.build(parts, vocab_size=vocab_size, dtype=getattr(torch, config.train.dtype))
+        model: Decoder = config.model.build(parts, vocab_size=vocab_size, dtype=getattr(torch, config.train.dtype))
+    if one_expert and not any(isinstance(module, OneExpert) for module in model.modules()):
+        raise ConfigError([Problem("experts.spawn.after", config.experts.spawn.after, "must be 0: the model has no MoE layers")])
+    return model
+
+
+def place_model(
+    config: Config, ranks: Ranks, vocab_size: int, *, one_expert: bool
+) -> tuple[ParallelModel, torch.optim.Optimizer, FlopCounter, int]:
+    """The model in its layout with initial weights, its optimizer, and its number of parameters. Collective."""
+    layout = config.parallel.resolve(ranks.world_size, timeout_seconds=config.launch.timeout_seconds)
+    model = build_model(config, vocab_size, one_expert=one_expert)
+    flops, size = FlopCounter(model), count_parameters(model)
+    placed = parallelize(
+        model,
+        layout,
+        ranks,
+        device=ranks.device(config.train.device),
+        recompute=config.train.recompute,
+        tokens_per_pass=config.micro_batch_size(layout.data_world_size) * config.data.seq_len,
+    )
+    placed.initialise(config.train.seed)
+    placed.model.train()
+    return placed, config.optim.build(placed), flops, size
 
 
 @dataclass
@@ -86,29 +112,25 @@ class Trainer:
     traces: MetricsFile | None = None
     last_evaluation: dict[str, float] | None = None
     saved_step: int = -1
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Boundary events so far: name, and steps that were done."""
 
     @classmethod
     def start(cls, config: Config, ranks: Ranks, run_dir: Path, data: PreparedData) -> Trainer:
         """Build and place the model, allocate the optimizer."""
         check_vocabulary(config, data)
-        device = ranks.device(config.train.device)
-        layout = config.parallel.resolve(ranks.world_size, timeout_seconds=config.launch.timeout_seconds)
+        placed, optimizer, flops, size = place_model(config, ranks, data.vocab_size, one_expert=has_one_expert(config, []))
+        layout = placed.layout
         micro = config.micro_batch_size(layout.data_world_size)
 
         def plan(tokens: Any) -> BatchPlan:
             sequences = PackedSequences(tokens, seq_len=config.data.seq_len, eos_id=data.eos_id, mask_documents=config.data.mask_documents)
             return BatchPlan(sequences, config.train.seed, config.train.global_batch_size, micro, ranks.data_parallel(layout.tensor))
 
-        model = build_model(config, data.vocab_size)
-        flops, size = FlopCounter(model), count_parameters(model)
-        tokens = micro * config.data.seq_len
-        placed = parallelize(model, layout, ranks, device=device, recompute=config.train.recompute, tokens_per_pass=tokens)
-        placed.initialise(config.train.seed)
-        placed.model.train()
         display = Display.open(config.logging.display if ranks.is_main else "none", total=config.train.steps)
         display.say(
-            f"{config.model.kind}: {size / 1e6:.2f}M parameters, vocabulary {data.vocab_size}; layout {placed.layout.name} on "
-            f"{ranks.world_size} rank(s), {device.type}, {config.train.dtype}; run folder {run_dir}"
+            f"{config.model.kind}: {size / 1e6:.2f}M parameters, vocabulary {data.vocab_size}; layout {layout.name} on "
+            f"{ranks.world_size} rank(s), {placed.device.type}, {config.train.dtype}; run folder {run_dir}"
         )
         return cls(
             config=config,
@@ -118,7 +140,7 @@ class Trainer:
             plan=plan(data.train),
             evaluation=plan(data.evaluation) if data.evaluation.tokens.size > 1 else None,
             placed=placed,
-            optimizer=config.optim.build(placed),
+            optimizer=optimizer,
             objective=config.objective.build(),
             flops=flops,
             checkpointer=Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save),
@@ -131,10 +153,13 @@ class Trainer:
         own = checkpoint.newest_good(self.run_dir / "checkpoints")
         path = own or starting_checkpoint(self.config.checkpoint.resume)
         if path is not None:
-            if own:
-                restore_placement(self.placed, self.optimizer, checkpoint.read_info(path).info.get("placement", {}))
-            checkpoint.load(path, all_tensors(self.placed, self.optimizer), complete=True, verified=True)
             info = checkpoint.read_info(path).info
+            self.events = info.get("events", [])
+            if spawned_after(self.events) is not None:
+                self.placed, self.optimizer, self.flops, _ = place_model(self.config, self.ranks, self.data.vocab_size, one_expert=False)
+            if own:
+                restore_placement(self.placed, self.optimizer, info.get("placement", {}))
+            checkpoint.load(path, all_tensors(self.placed, self.optimizer), complete=True, verified=True)
             if info["data"] != self.data.content_hash:
                 raise CheckpointError(f"{path} was trained on other data (content {info['data'][:8]}, now {self.data.content_hash[:8]})")
             self.progress = Progress.from_info(info)
@@ -164,8 +189,13 @@ class Trainer:
             self.checkpointer.commit()
         if any(votes):
             return next(number for number, count in enumerate(votes, start=1) if count)
+        if has_one_expert(config, self.events) and progress.step >= (config.spawn_step() or 0):
+            with phases("events"):
+                self.spawn()
+                gc.collect()  # modules and their hooks are cycles, which would keep the former state in memory
+        first = spawned_after(self.events) or 0  # what routers schedule begins when there are routers
         for layer in self.placed.model.moe_layers().values():
-            layer.router.begin_step(progress.step, config.train.steps)
+            layer.router.begin_step(progress.step - first, config.train.steps - first)
         self.placed.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         result = accumulate_gradients(
@@ -206,6 +236,18 @@ class Trainer:
             )
         return None
 
+    def spawn(self) -> None:
+        """The boundary event in which one FFN per MoE layer becomes router and experts. Collective."""
+        config, step = self.config, self.progress.step
+        placed, optimizer, flops, size = place_model(config, self.ranks, self.data.vocab_size, one_expert=False)
+        old, new = all_tensors(self.placed, self.optimizer), all_tensors(placed, optimizer)
+        spawn_experts(old, new, config.experts.spawn, seed=config.train.seed)
+        set_update_count(optimizer, self.progress.updates)
+        faults.point("event.spawn", step=step)
+        self.placed, self.optimizer, self.flops = placed, optimizer, flops
+        self.events = [*self.events, {"name": SPAWN, "step": step}]
+        self.display.say(f"after step {step} one expert became {config.experts.num_experts}: {size / 1e6:.2f}M parameters")
+
     def update(self, result: StepResult) -> tuple[float, float, bool]:
         """Clip and apply the gradients, then update selection biases; or skip the step altogether if loss or gradients
         are not finite. All ranks decide alike, since norm and loss are global. Returns (lr, gradient norm, skipped)."""
@@ -236,7 +278,7 @@ class Trainer:
 
     def trace(self, placement: Mapping[str, LayerFigures]) -> None:
         """With metrics.trace_routing: a line of traces/loads.jsonl with the loads of this step by layer, rank and expert."""
-        if self.traces is not None:
+        if self.traces is not None and placement:
             loads = {name: figures.counts.tolist() for name, figures in placement.items()}
             self.traces.write({"step": self.progress.step, "loads": loads})
 
@@ -259,6 +301,7 @@ class Trainer:
         if self.recorder is None:
             return
         training_seconds = seconds - phases.seconds.get("evaluation", 0.0)
+        events = [event["name"] for event in self.events if event["step"] == self.progress.step - 1]
         line: dict[str, Any] = {
             "step": self.progress.step,
             "loss": result.loss,
@@ -273,6 +316,7 @@ class Trainer:
             "position": self.progress.position,
             **({"terms": result.terms} if result.terms else {}),
             **(self.last_evaluation or {}),
+            **({"events": events} if events else {}),
             "seconds": {k: v for k, v in phases.seconds.items() if k != "evaluation" or self.last_evaluation},
             **communication,
             "experts": {
@@ -284,7 +328,7 @@ class Trainer:
             line["model_flops_utilisation"] = flops / (peak * self.ranks.world_size)
             line["memory_peak_bytes"] = torch.cuda.max_memory_allocated(self.placed.device)
         last = self.progress.step == self.config.train.steps
-        if self.progress.step % self.config.metrics.every_steps == 0 or last or self.last_evaluation:
+        if self.progress.step % self.config.metrics.every_steps == 0 or last or events or self.last_evaluation:
             self.recorder.write(line)
         self.display.step(line)
 
@@ -297,6 +341,7 @@ class Trainer:
             "data": self.data.content_hash,
             "seed": self.config.train.seed,
             "placement": self.placed.placement_state(),
+            "events": self.events,
         }
         self.checkpointer.save(self.progress.step, all_tensors(self.placed, self.optimizer), info)
         self.saved_step = self.progress.step

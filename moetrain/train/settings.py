@@ -122,6 +122,7 @@ class Config:
         if not getattr(self.router, "scored", True):
             for name, loss in self.loss.items():
                 yield Problem(f"loss.{name}", loss.kind, f"router={self.router.kind} has no probabilities to act on; loss=[] removes all")
+        yield from self.spawn_problems()
         if hasattr(self.router, "check"):
             yield from self.router.check("router", num_experts=experts)
         for name, loss in self.loss.items():
@@ -129,6 +130,24 @@ class Config:
                 yield from loss.check(f"loss.{name}", num_experts=experts, router=self.router)
         if hasattr(self.capacity, "check"):
             yield from self.capacity.check("capacity", num_experts=experts, router=self.router)
+
+    def spawn_step(self) -> int | None:
+        """Steps after which experts are spawned from one; None if they are there from the start."""
+        spawn = getattr(self.experts, "spawn", None)
+        return None if spawn is None else spawn.step(self.train.steps)
+
+    def spawn_problems(self) -> Iterable[Problem]:
+        """What stands against spawning experts."""
+        step = self.spawn_step()
+        if step is None:
+            return
+        path, after = "experts.spawn.after", self.experts.spawn.after
+        if step >= self.train.steps:
+            yield Problem(path, after, f"must leave the experts at least one step of train.steps ({self.train.steps})")
+        if self.experts.num_experts < 2:
+            yield Problem("experts.num_experts", self.experts.num_experts, f"must be >= 2 with {path}: one expert has none to become")
+        if not isinstance(self.mixer, ResidualConfig):
+            yield Problem("mixer", self.mixer.kind, f"must be residual with {path}: other rules need MoE layers from the start")
 
     def layout_problems(self, world_size: int) -> Iterable[Problem]:
         """Rules that depend on how many ranks there are."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moetrain.models.common.attention import SoftmaxAttention
+from moetrain.models.common.channel import build_channel
 from moetrain.models.common.decoder import Block, Decoder
 from moetrain.models.common.init import Constant, Normal
 from moetrain.models.common.layers import FeedForward, Linear, RMSNorm
@@ -25,7 +26,7 @@ def build(config: DeepSeekMoEConfig, moe: MoEParts, *, vocab_size: int, dtype: t
         if layer < config.dense_layers:
             return FeedForward(hidden, config.dense_width, dtype=parameter_dtype)
         shared = FeedForward(hidden, config.shared_width, dtype=parameter_dtype) if config.shared_width else None
-        return moe.build(hidden, dtype=parameter_dtype, shared=shared)
+        return build_channel(moe, hidden, dtype=parameter_dtype, shared=shared)
 
     def block(layer: int) -> Block:
         attn = SoftmaxAttention(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moetrain.models.common.attention import SoftmaxAttention
+from moetrain.models.common.channel import build_channel
 from moetrain.models.common.decoder import Block, Decoder
 from moetrain.models.common.init import Constant, FanIn, Normal
 from moetrain.models.common.layers import FeedForward, RMSNorm
@@ -24,7 +25,7 @@ def build(config: GLaMConfig, moe: MoEParts, *, vocab_size: int, dtype: torch.dt
 
     def channel(layer: int) -> nn.Module:
         if layer % config.moe_every == config.moe_offset:
-            return moe.build(hidden, dtype=parameter_dtype)
+            return build_channel(moe, hidden, dtype=parameter_dtype)
         return FeedForward(hidden, config.dense_width, activation="gelu_tanh", dtype=parameter_dtype)
 
     def block(layer: int) -> Block:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moetrain.config import Component, setting
 from moetrain.moe.experts.base import Experts, ExpertTensor
+from moetrain.moe.experts.spawn import SpawnSettings
 from moetrain.ops.activations import Activation, hidden_activation
 from moetrain.ops.grouped_linear import grouped_linear
 from moetrain.registry import register
@@ -24,6 +25,7 @@ class FFNExpertsConfig(Component):
     width: int = setting(doc="hidden width of one expert", ge=1, follows="model.expert_width")
     activation: Activation = setting("silu", doc="activation of the hidden layer (of the gate, if gated)")
     gated: bool = setting(True, doc="gated linear unit with three matrices; false: two matrices")
+    spawn: SpawnSettings = setting(default_factory=SpawnSettings, doc="one FFN first, from which the experts are made")
 
     def build(self, hidden_size: int, *, dtype: torch.dtype) -> FFNExperts:
         return FFNExperts(self, hidden_size, dtype=dtype)
