@@ -8,9 +8,10 @@ until their gradients are on the way to the owners.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,25 @@ from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
 from moetrain.parallel.placement.scheduler import Observation
 from moetrain.parallel.transport import PendingGather, PendingReduce, Route, Transfer
 
+RETURNING = 2
+"""Sums of gradients that are under way at one time: one travels while the next is computed."""
+
 Split = Callable[[Integers, PlacementPlan, Cluster], Integers]
 """counts [R, E] rows that each rank has for each expert -> [R, E, R] how many of them it sends to each rank."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """Communicators over the same ranks, one per stream of traffic: transfers of weights must not queue behind tokens."""
+    """Communicators over the same ranks, one per stream of traffic: transfers of weights must not queue behind tokens.
+
+    returning: copies of all layers whose gradients are on the way to their owners, oldest first.
+    """
 
     tokens: Peers
     gather: Peers
     reduce: Peers
     cluster: Cluster
+    returning: deque[Copies] = field(default_factory=deque, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class Copies:
             )
             return
         self.free()
-        self.reduced = self.reduction.reduce(flat)
+        self.send_gradients(flat)
         if self.before is not None and self.before.buffer is None:
             self.before.post()
 
@@ -135,7 +143,16 @@ class Copies:
         """Start summing what has been accumulated, and free the copies."""
         if self.accumulated is not None:
             self.free()
-            self.reduced, self.accumulated = self.reduction.reduce(self.accumulated), None
+            flat, self.accumulated = self.accumulated, None
+            self.send_gradients(flat)
+
+    def send_gradients(self, flat: Tensor) -> None:
+        """Start the sum, after that of the copies before last is done: buffers of a few copies exist, not of all layers."""
+        returning = self.links.returning
+        while len(returning) >= RETURNING:
+            returning[0].add_gradients()
+        self.reduced = self.reduction.reduce(flat)
+        returning.append(self)
 
     def add_gradients(self) -> None:
         """Wait for the sums and add them to the owned parameters' gradients."""
@@ -148,6 +165,7 @@ class Copies:
                     weight.grad = torch.zeros_like(weight)
                 weight.grad[row[expert]] += part.view(weight.shape[1:])
         self.reduced = None
+        self.links.returning.remove(self)
 
     def kept_out_of_the_graph(self) -> AbstractContextManager[Any]:
         """While the block runs, autograd keeps a reference to this object instead of the copies' memory: freed after the

@@ -184,6 +184,8 @@ class PendingReduce:
         for expert, row in zip(transfer.copied, wire, strict=True):
             self.pieces.update({(expert, i): part for i, part in enumerate(row.split(transfer.widths))})
         self.current = transfer.start(transfer.route.stages[-1], self.pieces, wire, back=True)
+        if not staged:
+            self.pieces.clear()  # they are on their way; in stages they may have to be added to what arrives
 
     def wait(self) -> dict[int, Tensor]:
         """Owned expert id -> [size] sum of its copies' gradients, for those that have copies."""
