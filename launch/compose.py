@@ -73,6 +73,25 @@ def build_config(plain: dict[str, Any]) -> Config:
     return config
 
 
+def compose(*overrides: str) -> dict[str, Any]:
+    """The resolved plain configuration of a command line, for programs: nothing is run.
+
+    Raises ConfigError for whatever Hydra or OmegaConf refuse.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fill_config_store()
+    try:
+        with hydra.initialize_config_module("moetrain.configs", version_base="1.3"):
+            plain = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_message(error)) from error
+    return {"loss": {}, **plain}  # type: ignore[dict-item]
+
+
 def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None]) -> None:
     """Run ``job(resolved plain configuration)`` under Hydra with these command-line arguments (also --help, --cfg, -m).
 

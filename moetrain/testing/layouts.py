@@ -197,10 +197,12 @@ def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merge(outcomes: list[Outcome]) -> Outcome:
-    """One outcome from all ranks': figures must agree exactly, tensors are united."""
+    """One outcome from all ranks': figures must agree exactly, and weights that several have; tensors are united."""
     first = outcomes[0]
     for other in outcomes[1:]:
         assert (first.losses, first.norms, first.selected) == (other.losses, other.norms, other.selected), "ranks disagree"
+        for name, tensor in other.parameters.items():
+            assert torch.equal(first.parameters.get(name, tensor), tensor), f"ranks disagree in {name}"
         first.outputs.update(other.outputs)
         first.gradients.update(other.gradients)
         first.parameters.update(other.parameters)

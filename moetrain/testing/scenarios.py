@@ -1,4 +1,8 @@
-"""Small models and routings under which layouts are compared, from easy to awkward, in float64."""
+"""Small models and routings under which layouts are compared, from easy to awkward, in float64.
+
+Of the routers only those that ask something of a layout: state along depth, ragged choices, draws, whole sequences, buffers.
+All of them are in :mod:`moetrain.testing.router_table`.
+"""
 
 from __future__ import annotations
 
@@ -67,35 +71,11 @@ def routed(router: str, settings: dict[str, Any] | None = None, **scenario: Any)
     return made
 
 
-def dense_to_sparse(**scenario: Any) -> Scenario:
-    """From all experts, with noise, to one at a time; weights in the loss."""
-    made = deepseek(**scenario)
-    made.parts.router = lookup("router", "dense_to_sparse")(activation="tanh", logit_bias=True, hard_after=2, threshold=0.15)
-    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05, scope="micro_step")}
-    return made
-
-
-def learned_temperature(**scenario: Any) -> Scenario:
-    """A temperature that is trained."""
-    made = deepseek(**scenario)
-    made.parts.router = lookup("router", "dense_to_sparse")(decay="learned", temperature=0.5, weights="clean", threshold=0.12)
-    made.parts.loss = {"balance": lookup("loss", "gate_balance")(coefficient=0.05)}
-    return made
-
-
 def comet(**scenario: Any) -> Scenario:
     """Trees whose permutations are learned for two steps and then stay."""
     made = deepseek(**scenario)
     made.parts.router = lookup("router", "comet")(num_trees=2, width=0.5, split_bias=True, permutation_steps=2)
     made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "permutation_entropy")}
-    return made
-
-
-def dselect(**scenario: Any) -> Scenario:
-    """Binary codes of which some mean no expert."""
-    made = deepseek(**scenario)
-    made.parts.router = lookup("router", "dselect_k")(num_selectors=2, width=0.5)
-    made.parts.loss = {name: lookup("loss", name)(coefficient=0.05) for name in ("selector_entropy", "trapped_experts")}
     return made
 
 
@@ -137,22 +117,6 @@ def ragged(**scenario: Any) -> Scenario:
     made = deepseek(**scenario)
     made.parts.router = RaggedConfig()
     return made
-
-
-def top_p(**scenario: Any) -> Scenario:
-    """Top-p routing with the losses of its paper."""
-    made = deepseek(**scenario)
-    made.parts.router = lookup("router", "top_p")(threshold=0.5)
-    balance = lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step", normalisation="per_token")
-    made.parts.loss = {"balance": balance, "entropy": lookup("loss", "entropy")(coefficient=0.1)}
-    return made
-
-
-def null_experts(**scenario: Any) -> Scenario:
-    """Null experts that take half of the choices: tokens with none to all of theirs computed."""
-    router = dict(renormalise=True, renormalise_null=False, zero_experts=ZeroExpertsConfig(num_null=6))
-    loss = {"balance": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step", pool_zero=True)}
-    return deepseek(top_k=3, router=router, loss=loss, **scenario)
 
 
 def gating_residuals(**scenario: Any) -> Scenario:
@@ -225,8 +189,6 @@ def drawn(skew: Skew, top_k: int = 2, **scenario: Any) -> Scenario:
 
 
 GLOBAL = {"g": lookup("loss", "expert_balance")(coefficient=0.05, scope="micro_step")}
-VARIATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("importance", "load")}
-INFORMATION = {name: lookup("loss", name)(coefficient=0.05) for name in ("mutual_information", "load_concentration")}
 RANDOM = dict(score="logit", selected_softmax=True, logit_bias=True, trained=False)
 SCENARIOS = {
     "deepseek": deepseek(),
@@ -238,8 +200,6 @@ SCENARIOS = {
     "fewer_experts_than_ranks": deepseek(num_experts=2),
     "global_balance": deepseek(loss=GLOBAL, pad=True),
     "aux_free": deepseek(router=dict(score="sigmoid", renormalise=True, selection_bias=True, bias_update_rate=0.1)),
-    "quantile": routed("quantile_topk", dict(top_k=2, score="sigmoid"), pad=True, recompute=True),
-    "annealed": deepseek(router=dict(temperature_start=3.0, renormalise=True), pad=True),
     "dropout": dropped(pad=True, recompute=True),
     "zero_experts": deepseek(router=dict(zero_experts=ZeroExpertsConfig(num_constant=2, num_copy=1, num_null=1))),
     "recompute": deepseek(recompute=True, pad=True),
@@ -248,30 +208,17 @@ SCENARIOS = {
     "ragged": ragged(pad=True),
     "ragged_recompute": ragged(recompute=True),
     "noisy_gates": noisy_gates(pad=True),
-    "top_p": top_p(pad=True),
-    "null_experts": null_experts(pad=True),
     "recurrent": recurrent(pad=True),
     "recurrent_recompute": recurrent(recompute=True),
     "gating_residuals": gating_residuals(pad=True),
     "gating_residuals_recompute": gating_residuals(recompute=True),
-    "noisy_topk": routed("noisy_topk", dict(top_k=2), loss=VARIATION, pad=True),
-    "moduleformer": routed("moduleformer", dict(top_k=2, gate_size=5, explored=1), loss=INFORMATION, pad=True, recompute=True),
-    "hash": routed("hash", dict(top_k=2), pad=True),
-    "token_table": routed("token_table", dict(top_k=2), loss=GLOBAL),
     "expert_choice": routed("expert_choice", dict(allow_future=True), pad=True, recompute=True),
-    "base": routed("base", pad=True, recompute=True),
-    "sinkhorn": routed("sinkhorn", dict(top_k=2), pad=True),
-    "sparsemixer": routed("sparsemixer", dict(top_k=2, band=0.2), loss=GLOBAL, recompute=True),
     "random_router": deepseek(router=dict(**RANDOM, top_k_start=4), recompute=True),
     "random_cell": routed("recurrent_topk", dict(top_k=2, state_size=5, trained=False), pad=True),
     "router_frozen_at_first": deepseek(router=dict(trained_from=0.4)),
-    "router_frozen_at_last": deepseek(router=dict(trained_until=0.5)),
-    "dense_to_sparse": dense_to_sparse(pad=True),
-    "learned_temperature": learned_temperature(recompute=True),
     "stochastic": stochastic("token", pad=True),
     "one_random_expert": stochastic("pass", recompute=True),
     "comet": comet(pad=True, recompute=True),
-    "dselect": dselect(pad=True),
     "momentum": mixed("momentum", dict(mu=0.7, gamma=0.5), recompute=True),
     # the rule divides by the size of its input, which amplifies rounding
     "adam": mixed("adam", dict(mu=0.5), pad=True, lr=1e-4),

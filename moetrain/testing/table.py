@@ -161,7 +161,7 @@ def cells() -> Iterator[Cell]:
         yield from (Cell(layout, name, ranks) for ranks in chosen.ranks(SCENARIOS[name]))
 
 
-def selection(scenarios_per_layout: int = 3) -> list[Cell]:
+def selection(scenarios_per_layout: int = 2) -> list[Cell]:
     """A part of the product in which every layout meets that many scenarios and every scenario several layouts.
 
     Greedy and deterministic: what has been chosen least comes next, few ranks more often than many.

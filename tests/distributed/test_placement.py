@@ -11,7 +11,7 @@ from moetrain.moe.context import ForwardContext
 from moetrain.moe.execution import LocalExecutor
 from moetrain.moe.experts.ffn import FFNExpertsConfig
 from moetrain.moe.routing import fixed_routing
-from moetrain.parallel.collectives import Peers
+from moetrain.parallel.collectives import Peers, traffic
 from moetrain.parallel.executor import Links, PlacedExecutor
 from moetrain.parallel.layouts import FSSDPSettings, Layout
 from moetrain.parallel.placement.dispatch import split_quota
@@ -56,11 +56,13 @@ def test_copies_that_come_after_the_router_change_nothing(name, settings, degree
     compare(actual, train_steps(0, 1, SCENARIOS[name], "single"))
 
 
-def execute(rank, world_size, plan, remap):
-    """Output and input gradient on this rank, and what one process computes for the same rows."""
+def execute(rank, world_size, plan, remap, zero=0):
+    """Output and input gradient on this rank, and what one process computes for the same rows. Then the bytes of tokens that
+    have left this rank, and its entries for experts of others. zero: ids behind the experts', which no expert has."""
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(9, 6, generator=generator, dtype=torch.float64).requires_grad_()
-    ids = torch.randint(len(remap), (9, 2), generator=generator)
+    columns = len(remap) + zero
+    ids = torch.randint(columns, (9, 2), generator=generator)
     experts = [FFNExpertsConfig(num_experts=4, width=5).build(6, dtype=torch.float64) for _ in range(2)]
     full, owned = experts
     for parameter in full.parameters():
@@ -75,10 +77,14 @@ def execute(rank, world_size, plan, remap):
     executor.plan = plan
     weight = torch.full((9, 2), 0.5, dtype=torch.float64)
     results = []
-    for run, index, module in ((executor, ids, owned), (LocalExecutor(), torch.tensor(remap)[ids], full)):
-        y = run(x, fixed_routing(index, weight, num_experts=len(remap) if run is executor else 4), module, ctx)
+    traffic.clear()
+    physical = torch.tensor([*remap, *range(4, 4 + zero)])
+    for run, index, module in ((executor, ids, owned), (LocalExecutor(), physical[ids], full)):
+        experts = len(remap) if run is executor else 4
+        y = run(x, fixed_routing(index, weight, num_experts=experts, num_columns=experts + zero), module, ctx)
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
-    return results
+    elsewhere = np.append(plan.owner != rank, [False] * zero)[physical[ids].numpy()].sum()
+    return *results, sum(traffic.bytes.values()), int(elsewhere)
 
 
 @pytest.mark.parametrize("copies", [False, True])
@@ -87,6 +93,19 @@ def test_several_ids_of_the_router_may_share_an_expert(copies):
     owner = np.array([0, 1, 1, 0])
     holders = np.ones((4, 2), dtype=bool) if copies else owner[:, None] == np.arange(2)
     plan = PlacementPlan(owner, holders, np.array(remap))
-    for actual, expected in run_distributed(execute, 2, plan, remap):
+    for actual, expected, *_ in run_distributed(execute, 2, plan, remap):
         for ours, theirs in zip(actual, expected, strict=True):
             assert_close(ours, theirs, kind="layout")
+
+
+@pytest.mark.parametrize("zero", [0, 4, 40])
+def test_entries_for_zero_computation_experts_do_not_travel(zero):
+    """Others do, there and back, with their gradients: four times a row of six numbers."""
+    owner = np.array([0, 1, 1, 0])
+    plan = PlacementPlan(owner, owner[:, None] == np.arange(2))
+    results = run_distributed(execute, 2, plan, [0, 1, 2, 3], zero)
+    for actual, expected, *_ in results:
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_close(ours, theirs, kind="layout")
+    sent, elsewhere = (sum(result[i] for result in results) for i in (2, 3))
+    assert sent == 4 * 6 * 8 * elsewhere

@@ -55,7 +55,7 @@ CASES = [
     ("glam_accumulate", SPLIT_SHARDED), ("global_balance", SHARDED), ("aux_free", FSDP), ("zero_experts", TWO),
     ("zero_experts", SPLIT_TWO), ("recompute", SHARDED), ("recompute", SPLIT_SHARDED), ("accumulate", SHARDED), ("ragged", TWO),
     ("ragged_recompute", SPLIT_TWO), ("all_to_one", SHARDED), ("fewer_experts_than_ranks", SHARDED), ("padded", COPIES),
-    ("recompute", SPLIT_COPIES), ("stochastic", SHARDED), ("momentum", SPLIT_TWO), ("dense_to_sparse", TWO),
+    ("recompute", SPLIT_COPIES), ("stochastic", SHARDED), ("momentum", SPLIT_TWO), ("ragged", TWO),
     ("recurrent", SHARDED), ("recurrent_recompute", SPLIT_TWO),
     ("gating_residuals", SHARDED), ("gating_residuals_recompute", SPLIT_TWO),
 ]  # fmt: skip

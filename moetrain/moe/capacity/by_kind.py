@@ -45,10 +45,8 @@ class SlotsByKind(Slots):
 
     def kept(self, routing: Routing, ctx: RouterContext, *, group_size: int) -> Tensor:
         columns, experts = routing.selected.numel(), routing.num_experts
-        choices = routing.top_k or max(1, round(routing.expert.numel() / max(1, routing.num_tokens)))
         divisors = self.divisors(experts, columns - experts)
-        factor = self.factor(ctx)
-        of_expert, of_zero = (self.capacity(group_size, choices, d, training=ctx.training, factor=factor) for d in divisors)
+        of_expert, of_zero = (self.slots(routing, ctx, divisor, group_size=group_size) for divisor in divisors)
         real = routing.expert < experts
         queue = torch.where(routing.expert != PAD, (routing.token // group_size) * columns + routing.expert, -1)
         place = place_in_queue(queue, self.priority(routing, ctx))

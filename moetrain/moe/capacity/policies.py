@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
-from moetrain.moe.context import RouterContext
+from moetrain.moe.context import RouterContext, Scope
 from moetrain.moe.routing import PAD, Routing
 from moetrain.moe.schedules import Course, scheduled_value
 from moetrain.registry import register
@@ -57,7 +57,9 @@ class SlotsConfig(Component):
         schedule="Tutel 2206.03382 (adaptive capacity)",
     )
     factor_schedule: Course = setting("linear", doc="the way from factor_start to factor")
-    choices: int | None = setting(None, doc="choices per token in that formula; default: the router's K. GLaM 1 with factor 2", ge=1)
+    choices: int | None = setting(
+        None, doc="choices per token in that formula; default: the router's K, or the group's mean, rounded. GLaM 1, factor 2", ge=1
+    )
     tokens: int | None = setting(None, doc="fixed C in tokens, instead of the formula", ge=1)
     round: Literal["up", "down", "per_choice"] = setting(
         "up", doc="rounding of C to an integer; per_choice: C = choices * floor(factor * ceil(tokens / E)) (Tutel, fairseq)"
@@ -140,9 +142,20 @@ class Slots(Capacity):
         """[N] bool: entries that get a slot. PAD entries do not; zero-computation experts need none."""
         experts = routing.num_experts
         real = (routing.expert != PAD) & (routing.expert < experts)
-        choices = routing.top_k or max(1, round(routing.expert.numel() / max(1, routing.num_tokens)))
-        slots = self.capacity(group_size, choices, experts, training=ctx.training, factor=self.factor(ctx))
+        slots = self.slots(routing, ctx, experts, group_size=group_size)
         return (real & (self.places(routing, ctx, group_size=group_size) < slots)) | (routing.expert >= experts)
+
+    def slots(self, routing: Routing, ctx: RouterContext, num_experts: float, *, group_size: int) -> int | Tensor:
+        """C: one number, or that of each entry's group [N] where tokens make different numbers of choices. A group's C then
+        follows from its own choices, rounded to whole ones per token: those of other groups depend on the layout."""
+        factor = self.factor(ctx)
+        if routing.top_k is not None or self.config.choices is not None:
+            return self.capacity(group_size, routing.top_k or 0, num_experts, training=ctx.training, factor=factor)
+        group = routing.token // group_size
+        entries = torch.bincount(group[routing.expert != PAD], minlength=-(-routing.num_tokens // group_size))
+        per_token = (entries / group_size).round().clamp_min(1).tolist()
+        by_group = [self.capacity(group_size, int(k), num_experts, training=ctx.training, factor=factor) for k in per_token]
+        return torch.tensor(by_group, device=group.device)[group]
 
     def places(self, routing: Routing, ctx: RouterContext, *, group_size: int) -> Tensor:
         """[N] int64: how many entries for the same expert and group are served before each entry."""
@@ -176,6 +189,7 @@ class DeviceBudgetConfig(Component):
     The token group is the rank's micro-batch: what is dropped depends on the layout. Nothing is dropped in evaluation.
     """
 
+    scope: ClassVar[Scope] = "rank"
     num_devices: int = setting(doc="logical devices, equal runs of neighbouring experts; fixed when the physical layout changes", ge=1)
     factor: float = setting(1.0, doc="budget of a device = factor * choices / num_devices, rounded down", gt=0)
     exempt_fraction: float = setting(0.0, doc="share of sequences never dropped; they use up budget first (DeepSeek-V2 0.1)", ge=0, le=1)

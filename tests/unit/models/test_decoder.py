@@ -122,17 +122,11 @@ def meta(config, gated, vocab_size):
 
 
 def preset(name):
-    import hydra
-    from omegaconf import OmegaConf
-
     from moetrain.config import load
-    from moetrain.launch.compose import fill_config_store
+    from moetrain.launch.compose import compose
     from moetrain.train.settings import Config
 
-    fill_config_store()
-    with hydra.initialize_config_module("moetrain.configs", version_base="1.3"):
-        plain = OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]), resolve=True)
-    return load(Config, {"loss": {}, **plain})
+    return load(Config, compose(f"model={name}"))
 
 
 @pytest.mark.parametrize(

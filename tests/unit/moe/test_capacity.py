@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moetrain.config import load
 from moetrain.errors import ConfigError
+from moetrain.moe.capacity.by_kind import SlotsByKindConfig
 from moetrain.moe.capacity.policies import DeviceBudgetConfig, DroplessConfig, SlotsConfig
 from moetrain.moe.context import ForwardContext, RouterContext
 from moetrain.moe.routing import PAD, Routing, fixed_routing, ragged_routing
@@ -97,6 +98,20 @@ def test_ragged_routings_are_cut_the_same_way() -> None:
     assert torch.equal(per_queue(executed, B), per_queue(routing, B).clamp_max(3))
     order = sorted(range(routing.expert.numel()), key=lambda n: (int(routing.slot[n]), int(routing.token[n])))
     assert (executed.expert != PAD).tolist() == loop_kept(routing, B, 3, order)
+
+
+@pytest.mark.parametrize("config", [SlotsConfig, SlotsByKindConfig])
+def test_slots_of_a_ragged_routing_do_not_depend_on_the_choices_of_other_sequences(config: Any) -> None:
+    """The second sequence makes three times the choices of the first."""
+    selected = torch.zeros(2 * S, E, dtype=torch.bool)
+    selected[:S, :1], selected[S:, :3] = True, True
+    weight, policy = torch.ones(2 * S, E), config(factor=1.0).build()
+    whole = policy(ragged_routing(selected, weight, num_experts=E), context(2))
+    assert per_queue(whole, 2).tolist() == [[2, 0, 0, 0, 0], [6, 6, 6, 0, 0]]  # 10 tokens * 1 or 3 choices / 5 experts
+    for part in range(2):
+        rows = slice(part * S, (part + 1) * S)
+        alone = policy(ragged_routing(selected[rows], weight[rows], num_experts=E), context(1))
+        assert torch.equal(per_queue(alone, 1), per_queue(whole, 2)[part : part + 1])
 
 
 def test_sequence_scope_does_not_depend_on_the_cut_of_the_batch() -> None:

@@ -17,6 +17,9 @@ from moetrain.moe.experts.zero import ZeroExpertsConfig
 from moetrain.moe.layer import MoELayer, MoEParts
 from moetrain.moe.losses.balance import ExpertBalanceConfig
 from moetrain.moe.losses.z import ZLossConfig
+from moetrain.moe.routers.moduleformer import ModuleFormerRouterConfig
+from moetrain.moe.routers.stochastic import StochasticRouterConfig
+from moetrain.moe.routers.top_p import TopPRouterConfig
 from moetrain.moe.routers.topk import TopKRouterConfig
 from moetrain.moe.routing import PAD, Routing, fixed_routing, ragged_routing
 from moetrain.ops.activations import ACTIVATIONS
@@ -207,6 +210,32 @@ def test_the_output_has_the_inputs_dtype_and_weights_are_float32(dtype: torch.dt
     expected = run(x.double(), fixed(weight.double()), experts.double())
     assert y.dtype == dtype
     assert_close(y, expected.to(dtype), "layout")
+
+
+SUM_TO_ONE = {
+    "stochastic": lambda experts: StochasticRouterConfig(granularity="token"),
+    "moduleformer": lambda experts: ModuleFormerRouterConfig(top_k=experts, gate_size=3),
+    "top_p": lambda experts: TopPRouterConfig(threshold=1.0),
+    "smoe_dropout": lambda experts: TopKRouterConfig(top_k=min(2, experts), score="logit", selected_softmax=True, trained=False),
+}
+
+
+@pytest.mark.parametrize("num_experts", [1, E])
+@pytest.mark.parametrize("router", SUM_TO_ONE)
+def test_equal_experts_with_weights_that_sum_to_one_are_a_dense_layer(router: str, num_experts: int) -> None:
+    parts = MoEParts(
+        router=SUM_TO_ONE[router](num_experts),
+        experts=FFNExpertsConfig(num_experts=num_experts, width=WIDTH),
+        capacity=DroplessConfig(),
+    )
+    layer, dense = parts.build(D, dtype=torch.float64), FeedForward(D, WIDTH, dtype=torch.float64)
+    for tensor in (*layer.router.parameters(), *layer.router.buffers(), *dense.parameters()):
+        nn.init.normal_(tensor, generator=torch.Generator().manual_seed(tensor.numel()))
+    assert dense.w_gate is not None
+    one = {"w_in": torch.cat([dense.w_gate.weight, dense.w_up.weight]), "w_out": dense.w_down.weight}
+    layer.experts.load_state_dict({name: weight.expand(num_experts, -1, -1) for name, weight in one.items()})
+    ctx = ForwardContext(batch_size=1, seq_len=T, training=True).at("layers.0")
+    assert_close(layer(draw(T, D), ctx), dense(draw(T, D)), "layout")
 
 
 def test_logical_tensors_name_every_row_of_the_stack_once() -> None:

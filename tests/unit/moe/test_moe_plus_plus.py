@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moetrain.moe.capacity.by_kind import SlotsByKindConfig
 from moetrain.moe.context import ForwardContext
 from moetrain.moe.experts import ZeroExpertsConfig
+from moetrain.moe.losses.balance import ExpertBalanceConfig
 from moetrain.moe.losses.heterogeneous import HeterogeneousBalanceConfig
 from moetrain.moe.routers.residual import ResidualTopKRouter, ResidualTopKRouterConfig
 from moetrain.moe.routers.topk import TopKRouterConfig
@@ -105,6 +106,12 @@ def test_loss_value_at_uniform_load_and_its_balance(tau: float) -> None:
     routing = skewed(1 / tau)
     loss(routing, ForwardContext(batch_size=1, seq_len=routing.num_tokens, training=True).at("layers.0")).backward()
     assert_close(routing.probs.grad, routing.probs.grad[:1, :1].expand_as(routing.probs.grad), "layout")
+
+
+def test_without_a_preference_for_zero_computation_experts_it_is_the_balance_loss_over_their_number() -> None:
+    routing, ctx = make()(inputs(), context().at("layers.0")), context().at("layers.0")
+    plain = ExpertBalanceConfig(normalisation="per_token").build()(routing, ctx)
+    assert_close(HeterogeneousBalanceConfig(tau=1.0).build()(routing, ctx), plain / COLUMNS, "layout")
 
 
 @pytest.mark.parametrize("tau", [0.25, 1.0])
