@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
 
 Runs = dict[str, dict[int, dict[str, float]]]
 """Arm -> seed -> figures."""
@@ -49,9 +48,10 @@ class Claim:
             differences = [b - a for a, b in zip(low, high, strict=True)]
             return mean(differences), stdev(differences) / math.sqrt(len(differences))
         assert isinstance(self.low, Side) and isinstance(self.high, Side)
+        seeds = [sorted(runs[side.arm]) for side in (self.low, self.high)]
+        if seeds[0] != seeds[1]:
+            raise ValueError(f"{self.low.arm} has seeds {seeds[0]}, {self.high.arm} {seeds[1]}")
         low, high = self.low.values(runs), self.high.values(runs)
-        if len(low) != len(high):
-            raise ValueError(f"{self.low.arm} has {len(low)} seeds, {self.high.arm} {len(high)}")
         pooled = math.sqrt((stdev(low) ** 2 + stdev(high) ** 2) / 2)
         return mean(high) - mean(low), pooled * math.sqrt(2 / len(low))
 
@@ -84,6 +84,9 @@ CLAIMS: dict[str, list[Claim]] = {
     "MoE++ (2410.07348)": [
         lower("lower loss than top-2", "MoE++", "top-2"),
         Claim("fewer than 2 FFN experts per token", Side("MoE++", "active"), 2.0),
+        lower("a smaller tau, 0.25 instead of 0.75, means fewer FFN experts", "MoE++, tau 0.25", "MoE++", "active"),
+        lower("gating residuals lower the loss", "MoE++", "MoE++, no residual"),
+        lower("and the deviation of the largest probability", "MoE++", "MoE++, no residual", "top probability, deviation"),
     ],
     "RMoE (2408.06793)": [
         lower("lower loss than top-2", "RMoE", "top-2"),
@@ -97,14 +100,20 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim("8 are better than 4", Side("SMoE-Dropout"), Side("SMoE-Dropout", "loss, k=4")),
         Claim("a learned top-2 gets worse with 8", Side("top-2"), Side("top-2", "loss, k=8")),
         lower("with 8 better than learned top-2", "SMoE-Dropout", "top-2"),
+        lower("with 8 better than a frozen random router with 2 all the time", "SMoE-Dropout", "frozen random top-2"),
+        lower("with 8 better than a dense model with as many parameters", "SMoE-Dropout", "dense"),
     ],
     "EvoMoE (2112.14397)": [
         lower("lower loss than Switch", "EvoMoE", "Switch"),
+        Claim("lower loss than Switch, if it keeps all experts above the threshold at evaluation", Side("EvoMoE", "loss, threshold"),
+              Side("Switch")),
         lower("experts made from one are better than the same gate from scratch", "EvoMoE", "dense-to-sparse"),
         Claim("experts per token fall in training", Side("EvoMoE", "train active, end"), Side("EvoMoE", "train active, start")),
     ],
     "THOR (2110.04260)": [
         lower("lower loss than Switch with as many experts", "THOR", "Switch, 2 experts"),
+        Claim("lower loss than Switch with as many experts, as the mean of all its experts", Side("THOR", "loss, ensemble"),
+              Side("Switch, 2 experts")),
         lower("the consistency loss lowers the loss", "THOR", "THOR, alpha 0"),
         lower("predictions of two draws of experts disagree less with it", "THOR", "THOR, alpha 0", "disagreement"),
     ],
@@ -127,6 +136,21 @@ CLAIMS: dict[str, list[Claim]] = {
         lower("the bias evens the load as well as the loss does, or better", "aux-free", "aux loss", "max/mean load"),
     ],
 }  # fmt: skip
+
+NOTES = {
+    "Dynamic routing (top-p, 2403.07652)": "Threshold 0.4. The entropy loss has weight 0.01, not the paper's 1e-4, to act in so few steps.",
+    "AdaMoE (2406.13233)": "8 experts, 8 null experts, 4 choices, balance weight 0.01: 2 experts per token if choices are spread evenly.",
+    "MoE++ (2410.07348)": "8 FFN experts, 2 constant, 1 copy and 1 null one, 2 choices; capacity also limits at evaluation.",
+    "RMoE (2408.06793)": "State of width 32, its cell shared by all layers.",
+    "SMoE-Dropout (2303.01610)": "Frozen random router, 2 experts at the start and all 8 at the end of training: it costs more than top-2.",
+    "EvoMoE (2112.14397)": "A fifth of the steps trains one expert. Evaluated with the best expert alone unless the claim says otherwise; "
+    "in training all experts above the threshold compute (`train MFLOP` below).",
+    "THOR (2110.04260)": "2 experts drawn at random for each token. A step is two passes, twice the training cost of Switch.",
+    "MomentumSMoE (2410.14574)": "mu 0.7, gamma 0.3 in a pre-norm model; AdamSMoE has Adam's step in the first MoE layer only.",
+    "COMET (2306.02824)": "2 trees; no number of experts is prescribed. The same weight of the selector entropy in all arms.",
+    "Balance without a loss (2408.15664), sigmoid top-2": "Bias update 0.001 per step; the balance loss is over the batch, weight 0.01.",
+}
+"""What differs from the papers, and what a comparison does not hold equal."""
 
 COLUMNS = ("loss", "noisy loss", "active", "active, deviation", "MFLOP", "train active, start", "train active, end", "train MFLOP",
            "entropy", "max/mean load")  # fmt: skip
@@ -155,49 +179,63 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, ruler, *rows])
 
 
+def shown(side: Side | float, runs: Runs) -> str:
+    return f"{side.arm}, {side.figure}: {spread(side.values(runs))}" if isinstance(side, Side) else f"{side:g}"
+
+
 def claim_row(claim: Claim, runs: Runs) -> list[str]:
+    """Cells of CLAIM_COLUMNS. Costs only where they are those of the losses compared."""
     difference, error = claim.difference(runs)
-    sides = []
-    for side in (claim.low, claim.high):
-        sides.append(f"{side.arm}, {side.figure}: {spread(side.values(runs))}" if isinstance(side, Side) else f"{side:g}")
-    return [claim.words, *sides, f"{difference:.3g} ± {2 * error:.2g}", verdict(difference, error)]
+    costs = ""
+    if len(claim.arms()) == 2 and all(isinstance(side, Side) and side.figure in ("loss", "noisy loss") for side in (claim.low, claim.high)):
+        costs = " / ".join(
+            f"{mean(Side(side.arm, 'MFLOP').values(runs)):.3f}" for side in (claim.low, claim.high) if isinstance(side, Side)
+        )
+    cells = [claim.words, shown(claim.low, runs), shown(claim.high, runs), costs]
+    return [*cells, f"{difference:.3g} ± {2 * error:.2g}", verdict(difference, error)]
+
+
+CLAIM_COLUMNS = ("claim", "claimed to be lower", "than", "MFLOP", "difference ± 2 SE", "verdict")
+
+
+def claim_sections(runs: Runs) -> tuple[list[str], int, int]:
+    """A section for each method, the number of claims tested and of those that appeared."""
+    text: list[str] = []
+    rows: list[list[str]] = []
+    for method, claims in CLAIMS.items():
+        tested = [claim_row(claim, runs) for claim in claims if claim.arms() <= runs.keys()]
+        text += ["", f"## {method}", "", NOTES[method]]
+        if tested:
+            text += ["", table(CLAIM_COLUMNS, tested)]
+        text += [f"\nNot run: {claim.words}." for claim in claims if not claim.arms() <= runs.keys()]
+        rows += tested
+    return text, len(rows), sum(row[-1] == verdict(1, 0) for row in rows)
+
+
+def arm_section(runs: Runs) -> list[str]:
+    """All figures of all arms."""
+    rows = []
+    for arm, by_seed in runs.items():
+        known = next(iter(by_seed.values()))
+        rows.append([arm, *(spread(Side(arm, column).values(runs)) if column in known else "" for column in COLUMNS)])
+    text = ["", "## All arms", "", FIGURES, "", table(["arm", *COLUMNS], rows), "", EVALUATIONS, ""]
+    for arm, by_seed in runs.items():
+        other = [name for name in next(iter(by_seed.values())) if name.startswith("loss, ")]
+        if other:
+            values = ", ".join(f"{name.removeprefix('loss, ')}: {spread(Side(arm, name).values(runs))}" for name in ["loss", *other])
+            text.append(f"- {arm}: {values}")
+    return text
 
 
 def report(lines: Iterable[str]) -> str:
-    """The text of README.md. Claims about arms that have fewer than 2 seeds are listed as not run."""
+    """The text of README.md. Claims about arms with fewer than 2 seeds are listed as not run."""
     runs, overrides = read(lines)
     runs = {arm: seeds for arm, seeds in runs.items() if len(seeds) > 1}
     seeds = sorted({seed for arm in runs.values() for seed in arm})
-    everyone: list[Any] = [set(overrides[arm]) for arm in runs]
-    first = next(iter(runs))
-    shared = [each for each in overrides[first] if all(each in other for other in everyone)]
-    text = [INTRODUCTION.format(seeds=", ".join(map(str, seeds)), shared=" ".join(shared))]
-    for method, claims in CLAIMS.items():
-        tested = [claim for claim in claims if claim.arms() <= runs.keys()]
-        missing = [claim.words for claim in claims if claim not in tested]
-        text += ["", f"## {method}", ""]
-        if tested:
-            columns = ["claim", "claimed to be lower", "than", "difference ± 2 SE", "verdict"]
-            text.append(table(columns, [claim_row(claim, runs) for claim in tested]))
-        text += [f"\nNot run: {words}." for words in missing]
-    text += ["", "## All arms", "", FIGURES, ""]
-    rows = []
-    for arm, by_seed in runs.items():
-        figures = [[run[column] for run in by_seed.values()] if column in next(iter(by_seed.values())) else [] for column in COLUMNS]
-        rows.append([arm, *(spread(values) if values else "" for values in figures)])
-    text.append(table(["arm", *COLUMNS], rows))
-    text += ["", "Loss by experts per token at evaluation; each arm's own number is the column `loss` above.", ""]
-    counts = sorted({name for by_seed in runs.values() for run in by_seed.values() for name in run if name.startswith("loss, k=")})
-    curves = {arm: by_seed for arm, by_seed in runs.items() if any(name in next(iter(by_seed.values())) for name in counts)}
-    text.append(
-        table(
-            ["arm", *counts],
-            [
-                [arm, *(spread(Side(arm, n).values(runs)) if n in next(iter(s.values())) else "own" for n in counts)]
-                for arm, s in curves.items()
-            ],
-        )
-    )
+    shared = [each for each in overrides[next(iter(runs))] if all(each in overrides[arm] for arm in runs)]
+    sections, tested, appeared = claim_sections(runs)
+    numbers = {"seeds": ", ".join(map(str, seeds)), "shared": " ".join(shared), "tested": tested, "appeared": appeared}
+    text = [INTRODUCTION.format(**numbers), *sections, *arm_section(runs)]
     text += ["", "Overrides of each arm beyond the shared ones:", ""]
     text += [f"- {arm}: `{' '.join(each for each in overrides[arm] if each not in shared)}`" for arm in runs]
     return "\n".join(text) + "\n"
@@ -209,17 +247,27 @@ INTRODUCTION = """\
 Written by `OMP_NUM_THREADS=1 python scripts/experiments/routing.py` from `scripts/experiments/results/routing.jsonl`. The rate at
 which gates are estimated from data is in [estimation_rate.md](estimation_rate.md).
 
-Every arm is a run of `moetrain train {shared} train.seed=SEED` with the overrides at the end, seeds {seeds}:
-a byte-level language model with 3 MoE layers after minutes of one core. Such a model says little about large ones. All arms take
-the same steps on the same data; what a token costs differs where the method says so, see `active` and `MFLOP` below.
+**{appeared} of {tested} claims appeared.** A claim is that one figure is lower than another; it appeared if the difference of the
+means over seeds is above twice its standard error (two arms: pooled deviation times sqrt(2 / n); two figures of the same
+runs: of the differences by seed). With 3 seeds a claim without any truth passes in about 6 (two arms) to 9 (same runs) of
+100 cases, and small effects stay hidden.
 
-Losses are in nats per byte over the same 256 held-out sequences. Figures are mean ± standard deviation over seeds. **Rule**: a claim
-appeared if the difference of the means, in the claimed direction, is above twice its standard error (two arms: pooled
-deviation times sqrt(2 / n); two figures of the same runs: of the differences by seed). With 3 seeds a claim without any
-truth passes in about 6 (two arms) to 9 (same runs) of 100 cases, and small effects stay hidden."""
+The model is a byte-level language model with 3 MoE layers on the default text, trained for ten seconds of one core: it says
+little about large ones. All arms take the same steps on the same data; what a token costs differs where the method says so.
+Losses are in nats per byte over the same 256 held-out sequences, figures are mean ± standard deviation over seeds, `MFLOP` is a
+forward pass per token, of the arm claimed to be lower / of the other. Every arm is a run of this command, with SEED {seeds},
+and its own overrides, listed at the end:
+
+```
+moetrain train {shared} train.seed=SEED
+```"""
 
 FIGURES = """\
 `noisy loss`: a tenth of the input bytes replaced at random, targets kept. `active`: experts that compute, per token and MoE layer, at
 evaluation; `active, deviation`: over tokens. `MFLOP`: of a forward pass per token; `train MFLOP`: of forward and backward per
 token of data, mean over training. `train active`: choices of experts per token in the first steps with experts and in
 the last. `entropy`: of the router. `max/mean load`: choices of the fullest expert over the mean, at evaluation."""
+
+EVALUATIONS = """\
+Losses of one trained arm under other rules of evaluation: its own (`loss`), other numbers of experts per token (`k`), all experts
+above the gate's threshold as in training (`threshold`), the mean of all experts (`ensemble`):"""
