@@ -68,13 +68,17 @@ def lower(words: str, low: str, high: str, figure: str = "loss") -> Claim:
     return Claim(words, Side(low, figure), Side(high, figure))
 
 
+TOP_P = "top-p, paper's entropy loss"
+
 CLAIMS: dict[str, list[Claim]] = {
     "Dynamic routing (top-p, 2403.07652)": [
-        lower("lower loss than top-2", "top-p", "top-2"),
-        Claim("fewer than 2 experts per token", Side("top-p", "active"), 2.0),
-        Claim("experts per token fall in training", Side("top-p", "train active, end"), Side("top-p", "train active, start")),
-        lower("the entropy loss is what makes them fall", "top-p", "top-p, no entropy loss", "active"),
-        Claim("the last layer uses fewer than the first", Side("top-p", "active, last layer"), Side("top-p", "active, first layer")),
+        lower("lower loss than top-2", TOP_P, "top-2"),
+        Claim("fewer than 90 % of top-2's experts", Side(TOP_P, "active"), 1.8),
+        Claim("experts per token fall in training", Side(TOP_P, "train active, end"), Side(TOP_P, "train active, start")),
+        Claim("the last layer uses fewer than the first", Side(TOP_P, "active, last layer"), Side(TOP_P, "active, first layer")),
+        lower("the entropy loss makes them fewer", TOP_P, "top-p, no entropy loss", "active"),
+        lower("so it does with 100 times its weight", "top-p", "top-p, no entropy loss", "active"),
+        lower("and that has lower loss than top-1, which costs about as much", "top-p", "Switch"),
     ],
     "AdaMoE (2406.13233)": [
         lower("lower loss than top-2", "AdaMoE", "top-2"),
@@ -83,6 +87,7 @@ CLAIMS: dict[str, list[Claim]] = {
     ],
     "MoE++ (2410.07348)": [
         lower("lower loss than top-2", "MoE++", "top-2"),
+        lower("lower loss than top-1, which costs about as much", "MoE++", "Switch"),
         Claim("fewer than 2 FFN experts per token", Side("MoE++", "active"), 2.0),
         lower("a smaller tau, 0.25 instead of 0.75, means fewer FFN experts", "MoE++, tau 0.25", "MoE++", "active"),
         lower("gating residuals lower the loss", "MoE++", "MoE++, no residual"),
@@ -138,9 +143,9 @@ CLAIMS: dict[str, list[Claim]] = {
 }  # fmt: skip
 
 NOTES = {
-    "Dynamic routing (top-p, 2403.07652)": "Threshold 0.4. The entropy loss has weight 0.01, not the paper's 1e-4, to act in so few steps.",
+    "Dynamic routing (top-p, 2403.07652)": "Threshold 0.4. The entropy loss has the paper's weight 1e-4, or 0.01 (`top-p`).",
     "AdaMoE (2406.13233)": "8 experts, 8 null experts, 4 choices, balance weight 0.01: 2 experts per token if choices are spread evenly.",
-    "MoE++ (2410.07348)": "8 FFN experts, 2 constant, 1 copy and 1 null one, 2 choices; capacity also limits at evaluation.",
+    "MoE++ (2410.07348)": "8 FFN experts, 2 constant, 1 copy and 1 null one, 2 choices; the capacity of a sequence of 64 tokens also limits at evaluation.",
     "RMoE (2408.06793)": "State of width 32, its cell shared by all layers.",
     "SMoE-Dropout (2303.01610)": "Frozen random router, 2 experts at the start and all 8 at the end of training: it costs more than top-2.",
     "EvoMoE (2112.14397)": "A fifth of the steps trains one expert. Evaluated with the best expert alone unless the claim says otherwise; "

@@ -22,9 +22,7 @@ def line(arm, seed, *overrides, **figures):
 
 def results(**losses):
     """Lines of arms with these losses by seed."""
-    return [
-        line(arm, seed, f"arm={arm}", loss=loss) for arm, values in losses.items() for seed, loss in enumerate(values)
-    ]
+    return [line(arm, seed, f"arm={arm}", loss=loss) for arm, values in losses.items() for seed, loss in enumerate(values)]
 
 
 def test_difference_of_two_arms_is_compared_with_the_pooled_standard_error():
