@@ -64,7 +64,7 @@ def test_arms_with_other_seeds_are_not_compared():
 def test_report_has_verdicts_figures_commands_and_what_was_not_run():
     from routing_report import report
 
-    text = report(results(**{"RMoE": [2.0, 2.1, 2.2], "RMoE, restarted": [2.5, 2.6, 2.7], "THOR": [1.0]}))
+    text = report(results(**{"RMoE": [2.0, 2.1, 2.2], "RMoE, restarted": [2.5, 2.6, 2.7], "THOR": [1.0, 1.1]}))
     (row,) = (each for each in text.splitlines() if "RMoE, restarted, loss" in each)
     assert "RMoE, loss: 2.1 ± 0.1 | RMoE, restarted, loss: 2.6 ± 0.1 | 0.500 / 0.500 | 0.5 ± 0.16 | **appeared** |" in row
     assert "**1 of 1 claims appeared.**" in text
