@@ -234,7 +234,8 @@ def arm_section(runs: Runs) -> list[str]:
     """All figures of all arms."""
     rows = []
     for arm, by_seed in runs.items():
-        known = [name for name in next(iter(by_seed.values())) if not name.startswith("train active") or "active" in by_seed[0]]
+        figures = next(iter(by_seed.values()))
+        known = [name for name in figures if "active" in figures or not name.startswith("train active")]
         rows.append([arm, *(spread(Side(arm, column).values(runs)) if column in known else "" for column in COLUMNS)])
     text = ["", "## All arms", "", FIGURES, "", table(["arm", *COLUMNS], rows), "", EVALUATIONS, ""]
     for arm, by_seed in runs.items():
