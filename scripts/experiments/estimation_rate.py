@@ -43,11 +43,11 @@ TRUTH = torch.tensor([3.0, -0.5, math.log(0.5), -2.0, 1.5, 1.0, -1.0, math.log(0
 """w and b of the first expert, log tau, slopes and intercepts of the two experts, logarithms of their variances."""
 
 ERRORS = {
-    "tau": "abs(tau)",
-    "gate": "abs(w) + abs(b) + abs(tau)",
-    "w / tau": "abs(w / tau), which the density determines with a linear gate too",
-    "experts": "sum of the absolute errors of slopes and intercepts",
-    "Hellinger": "distance of the joint densities",
+    "tau": "absolute error of tau",
+    "gate": "sum of the absolute errors of w, b and tau",
+    "w / tau": "absolute error of this ratio, which the density determines with a linear gate too",
+    "experts": "sum of the absolute errors of the experts' slopes and intercepts",
+    "Hellinger": "distance between the fitted and the true joint density",
 }
 
 
@@ -144,7 +144,7 @@ Medians = dict[str, dict[int, dict[str, float]]]
 
 
 def medians(lines: Sequence[str]) -> Medians:
-    """From the lines of the result file; NaN if a fit ended there."""
+    """From the lines of the result file, n ascending."""
     found: Medians = {}
     for line in lines:
         entry = json.loads(line)
@@ -238,9 +238,9 @@ INTRODUCTION = """\
 # Rate of estimation of dense-to-sparse gates
 
 Written by `OMP_NUM_THREADS=1 python scripts/experiments/estimation_rate.py`, whose first lines have the setting (claim of
-2401.13875). Medians of {replicates} replicates, all seeds fixed; the gates share their random numbers. The linear gate's
-density depends on w / tau and b / tau only, so tau stays where the start left it; an activation inside the scores makes it
-identifiable. The number of experts is the true one: the slower rates with too many experts are not shown.
+2401.13875). Medians of {replicates} replicates, all seeds fixed; the gates share their random numbers. The linear gate's density
+depends on w / tau and b / tau only, so where tau ends depends on the start, and more data stop helping; an activation inside
+the scores makes it identifiable. The number of experts is the true one: the slower rates with too many are not shown.
 
 ![median errors over n](estimation_rate.svg)"""
 

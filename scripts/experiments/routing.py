@@ -16,8 +16,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ from moetrain.train.step import make_context
 RESULTS = Path(__file__).parent / "results" / "routing.jsonl"
 REPORT = Path(__file__).parents[2] / "docs" / "experiments" / "README.md"
 SEEDS = (0, 1, 2)
-STEPS = 300
+STEPS = 400
 EXPERTS, WIDTH, LAYERS = 8, 64, 3
 
 BASE = (
     "model.hidden_size=64", f"model.num_layers={LAYERS}", "model.num_heads=4", "model.head_dim=16", "model.dense_layers=0",
-    "model.shared_width=0", f"model.num_experts={EXPERTS}", f"model.expert_width={WIDTH}", "model.dense_width=1",
+    "model.shared_width=0", f"model.num_experts={EXPERTS}", f"model.expert_width={WIDTH}", "model.dense_width=1", "model.init_std=0.1",
     "data.tokenizer=bytes", "data.seq_len=64", "train.global_batch_size=8", "optim.lr=0.005", "train.threads=1", "train.device=cpu",
     "checkpoint.every_steps=100000", "metrics.every_steps=10", "metrics.eval_batches=1", "logging.display=none",
     "logging.sample_prompt=null",
@@ -59,47 +59,82 @@ NOISE = 0.1
 
 @dataclass(frozen=True)
 class Arm:
-    """overrides: beyond BASE. top_k: further evaluations with so many experts per token. draws: compare two evaluations
-    that draw other experts."""
+    """overrides: beyond BASE. also: further evaluations by name, each with other settings of the router. draws: compare two
+    evaluations that draw other experts."""
 
     overrides: tuple[str, ...]
-    top_k: tuple[int, ...] = ()
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     draws: bool = False
 
 
+def with_top_k(*numbers: int) -> dict[str, dict[str, Any]]:
+    """Evaluations with other numbers of experts per token."""
+    return {f"k={number}": {"top_k": number} for number in numbers}
+
+
+THRESHOLD = {"threshold": {"evaluation": "threshold"}}
+ENSEMBLE = {"ensemble": {"evaluation": "ensemble"}}
+
 TOP2 = ("router=mixtral", "loss=[per_token_balance]", "model.top_k=2")
 SWITCH = ("experiment=switch", "model.top_k=1", "capacity=none")
+MOE_PLUS_PLUS = ("experiment=moe-plus-plus",)
 RMOE = ("experiment=rmoe", "model.top_k=2", "router.state_size=32")
 SMOE_DROPOUT = ("experiment=smoe-dropout", "model.top_k=2")
 THOR = ("experiment=thor", "model.num_experts=2")
 SIGMOID = ("router=aux_free", "model.top_k=2")
 MIXER = (*TOP2, "mixer.mu=0.7", "mixer.gamma=0.3")
+COMET = ("experiment=comet", "router=comet", "loss=[selector_entropy]")
+DSELECT = ("router=dselect_k", "loss=[selector_entropy]", "model.top_k=2")
+WEAK = "loss.selector_entropy.coefficient=0.005"
 
 ARMS = {
-    "top-2": Arm(TOP2, top_k=(1, 4, 8)),
+    "top-2": Arm(TOP2, also=with_top_k(1, 4, 8)),
     "top-p": Arm(("experiment=dynamic-routing", "model.top_k=2", "loss.entropy.coefficient=0.01")),
+    "top-p, paper's entropy loss": Arm(("experiment=dynamic-routing", "model.top_k=2")),
     "top-p, no entropy loss": Arm(("experiment=dynamic-routing", "model.top_k=2", "loss.entropy.coefficient=0")),
     "AdaMoE": Arm(("experiment=adamoe", "model.top_k=4", "loss.null_balance.coefficient=0.01")),
-    "SMoE-Dropout": Arm(SMOE_DROPOUT, top_k=(1, 2, 4)),
+    "SMoE-Dropout": Arm(SMOE_DROPOUT, also=with_top_k(1, 2, 4)),
     "Switch": Arm(SWITCH),
-    "dense-to-sparse": Arm(("experiment=evomoe", "experts.spawn.after=0")),
-    "EvoMoE": Arm(("experiment=evomoe",)),
+    "dense-to-sparse": Arm(("experiment=evomoe", "experts.spawn.after=0"), also=THRESHOLD),
+    "EvoMoE": Arm(("experiment=evomoe",), also=THRESHOLD),
     "aux-free": Arm((*SIGMOID, "loss=[]")),
     "aux loss": Arm((*SIGMOID, "router.selection_bias=false", "router.bias_update_rate=0", "loss=[global_balance]")),
     "no balance": Arm((*SIGMOID, "router.selection_bias=false", "router.bias_update_rate=0", "loss=[]")),
-    "MoE++": Arm(("experiment=moe-plus-plus",)),
+    "MoE++": Arm(MOE_PLUS_PLUS),
+    "MoE++, no capacity": Arm(("router=moe_plus_plus", "loss=[heterogeneous_balance]", "model.top_k=2")),
     "RMoE": Arm(RMOE),
     "RMoE, restarted": Arm((*RMOE, "router.state=restarted")),
     "MomentumSMoE": Arm(("mixer=momentum", *MIXER)),
     "AdamSMoE": Arm(("mixer=adam", *MIXER)),
-    "THOR": Arm(THOR, draws=True),
-    "THOR, alpha 0": Arm((*THOR, "objective.alpha=0"), draws=True),
+    "AdamSMoE, step 0.1": Arm(("mixer=adam", *MIXER, "mixer.step=0.1")),
+    "THOR": Arm(THOR, also=ENSEMBLE, draws=True),
+    "THOR, alpha 0": Arm((*THOR, "objective.alpha=0"), also=ENSEMBLE, draws=True),
     "Switch, 2 experts": Arm((*SWITCH, "model.num_experts=2")),
-    "COMET": Arm(("experiment=comet", "router=comet", "loss=[selector_entropy]")),
+    "COMET": Arm(COMET),
     "DSelect-k": Arm(("router=dselect_k", "loss=[selector_entropy]", "loss.selector_entropy.coefficient=0.05", "model.top_k=2")),
     "COMET+": Arm(("experiment=comet",)),
-    "frozen random top-2": Arm((*SMOE_DROPOUT, "router.top_k=2"), top_k=(1, 4, 8)),
+    "COMET, entropy 0.005": Arm((*COMET, WEAK)),
+    "DSelect-k, entropy 0.005": Arm((*DSELECT, WEAK)),
+    "COMET+, entropy 0.005": Arm(("experiment=comet", WEAK)),
+    "frozen random top-2": Arm((*SMOE_DROPOUT, "router.top_k=2"), also=with_top_k(1, 4, 8)),
+    "dense": Arm(("model=dense_tiny", f"model.dense_layers={LAYERS}", f"model.dense_width={EXPERTS * WIDTH}")),
+    "MoE++, tau 0.25": Arm((*MOE_PLUS_PLUS, "loss.heterogeneous_balance.tau=0.25")),
+    "MoE++, no residual": Arm(
+        (*MOE_PLUS_PLUS, "router=topk", *(f"router.zero_experts.num_{count}" for count in ("constant=2", "copy=1", "null=1")))
+    ),
 }  # fmt: skip
+
+
+def all_overrides(name: str, seed: int, steps: int) -> list[str]:
+    """What identifies a run."""
+    return [*BASE, f"train.steps={steps}", f"train.seed={seed}", *ARMS[name].overrides]
+
+
+def present(lines: Sequence[str], steps: int) -> list[str]:
+    """Lines of results with the present settings of their arm, in the order of ARMS and seeds."""
+    found = {(entry["arm"], entry["seed"]): (entry["overrides"], line) for line in lines for entry in [json.loads(line)]}
+    order = sorted((key for key in found if key[0] in ARMS), key=lambda key: (list(ARMS).index(key[0]), key[1]))
+    return [found[key][1] for key in order if found[key][0] == all_overrides(*key, steps)]
 
 
 def run(arm: Arm, overrides: Sequence[str]) -> dict[str, float]:
@@ -142,8 +177,8 @@ def evaluation_figures(arm: Arm, folder: str) -> dict[str, float]:
     figures = measure(trained)
     noisy = measure(trained, noise=NOISE)
     figures.update({f"noisy {name}": noisy[name] for name in ("loss", "active") if name in noisy})
-    for top_k in arm.top_k:
-        figures[f"loss, k={top_k}"] = measure(restore(folder, device="cpu", router={"top_k": top_k}))["loss"]
+    for name, settings in arm.also.items():
+        figures[f"loss, {name}"] = measure(restore(folder, device="cpu", router=settings))["loss"]
     if arm.draws:
         figures["disagreement"] = disagreement(trained)
     return figures
@@ -235,17 +270,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.touch()
-    done = {tuple(json.loads(line)["overrides"]) for line in options.results.read_text().splitlines()}
+    done = [json.loads(line)["overrides"] for line in options.results.read_text().splitlines()]
     for name in [] if options.report else options.only:
         for seed in options.seeds:
-            overrides = (*BASE, f"train.steps={options.steps}", f"train.seed={seed}", *ARMS[name].overrides)
+            overrides = all_overrides(name, seed, options.steps)
             if overrides not in done:
                 figures = run(ARMS[name], overrides)
                 with options.results.open("a") as file:
                     file.write(json.dumps({"arm": name, "seed": seed, "overrides": overrides, "figures": figures}) + "\n")
                 print(f"{name}, seed {seed}: {figures['loss']:.4f}", flush=True)
     REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(report(options.results.read_text().splitlines()), encoding="utf-8")
+    REPORT.write_text(report(present(options.results.read_text().splitlines(), options.steps)), encoding="utf-8")
     return 0
 
 

@@ -49,9 +49,10 @@ class Claim:
             differences = [b - a for a, b in zip(low, high, strict=True)]
             return mean(differences), stdev(differences) / math.sqrt(len(differences))
         assert isinstance(self.low, Side) and isinstance(self.high, Side)
+        seeds = [sorted(runs[side.arm]) for side in (self.low, self.high)]
+        if seeds[0] != seeds[1]:
+            raise ValueError(f"{self.low.arm} has seeds {seeds[0]}, {self.high.arm} {seeds[1]}")
         low, high = self.low.values(runs), self.high.values(runs)
-        if len(low) != len(high):
-            raise ValueError(f"{self.low.arm} has {len(low)} seeds, {self.high.arm} {len(high)}")
         pooled = math.sqrt((stdev(low) ** 2 + stdev(high) ** 2) / 2)
         return mean(high) - mean(low), pooled * math.sqrt(2 / len(low))
 
