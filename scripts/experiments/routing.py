@@ -75,7 +75,6 @@ def with_top_k(*numbers: int) -> dict[str, dict[str, Any]]:
 THRESHOLD = {"threshold": {"evaluation": "threshold"}}
 ENSEMBLE = {"ensemble": {"evaluation": "ensemble"}}
 
-
 TOP2 = ("router=mixtral", "loss=[per_token_balance]", "model.top_k=2")
 SWITCH = ("experiment=switch", "model.top_k=1", "capacity=none")
 MOE_PLUS_PLUS = ("experiment=moe-plus-plus",)
@@ -84,10 +83,14 @@ SMOE_DROPOUT = ("experiment=smoe-dropout", "model.top_k=2")
 THOR = ("experiment=thor", "model.num_experts=2")
 SIGMOID = ("router=aux_free", "model.top_k=2")
 MIXER = (*TOP2, "mixer.mu=0.7", "mixer.gamma=0.3")
+COMET = ("experiment=comet", "router=comet", "loss=[selector_entropy]")
+DSELECT = ("router=dselect_k", "loss=[selector_entropy]", "model.top_k=2")
+WEAK = "loss.selector_entropy.coefficient=0.005"
 
 ARMS = {
     "top-2": Arm(TOP2, also=with_top_k(1, 4, 8)),
     "top-p": Arm(("experiment=dynamic-routing", "model.top_k=2", "loss.entropy.coefficient=0.01")),
+    "top-p, paper's entropy loss": Arm(("experiment=dynamic-routing", "model.top_k=2")),
     "top-p, no entropy loss": Arm(("experiment=dynamic-routing", "model.top_k=2", "loss.entropy.coefficient=0")),
     "AdaMoE": Arm(("experiment=adamoe", "model.top_k=4", "loss.null_balance.coefficient=0.01")),
     "SMoE-Dropout": Arm(SMOE_DROPOUT, also=with_top_k(1, 2, 4)),
@@ -98,21 +101,26 @@ ARMS = {
     "aux loss": Arm((*SIGMOID, "router.selection_bias=false", "router.bias_update_rate=0", "loss=[global_balance]")),
     "no balance": Arm((*SIGMOID, "router.selection_bias=false", "router.bias_update_rate=0", "loss=[]")),
     "MoE++": Arm(MOE_PLUS_PLUS),
+    "MoE++, no capacity": Arm(("router=moe_plus_plus", "loss=[heterogeneous_balance]", "model.top_k=2")),
     "RMoE": Arm(RMOE),
     "RMoE, restarted": Arm((*RMOE, "router.state=restarted")),
     "MomentumSMoE": Arm(("mixer=momentum", *MIXER)),
     "AdamSMoE": Arm(("mixer=adam", *MIXER)),
+    "AdamSMoE, step 0.1": Arm(("mixer=adam", *MIXER, "mixer.step=0.1")),
     "THOR": Arm(THOR, also=ENSEMBLE, draws=True),
     "THOR, alpha 0": Arm((*THOR, "objective.alpha=0"), also=ENSEMBLE, draws=True),
     "Switch, 2 experts": Arm((*SWITCH, "model.num_experts=2")),
-    "COMET": Arm(("experiment=comet", "router=comet", "loss=[selector_entropy]")),
+    "COMET": Arm(COMET),
     "DSelect-k": Arm(("router=dselect_k", "loss=[selector_entropy]", "loss.selector_entropy.coefficient=0.05", "model.top_k=2")),
     "COMET+": Arm(("experiment=comet",)),
+    "COMET, entropy 0.005": Arm((*COMET, WEAK)),
+    "DSelect-k, entropy 0.005": Arm((*DSELECT, WEAK)),
+    "COMET+, entropy 0.005": Arm(("experiment=comet", WEAK)),
     "frozen random top-2": Arm((*SMOE_DROPOUT, "router.top_k=2"), also=with_top_k(1, 4, 8)),
     "dense": Arm(("model=dense_tiny", f"model.dense_layers={LAYERS}", f"model.dense_width={EXPERTS * WIDTH}")),
     "MoE++, tau 0.25": Arm((*MOE_PLUS_PLUS, "loss.heterogeneous_balance.tau=0.25")),
     "MoE++, no residual": Arm(
-        (*MOE_PLUS_PLUS, "router=topk", *(f"router.zero_experts.num_{kind}" for kind in ("constant=2", "copy=1", "null=1")))
+        (*MOE_PLUS_PLUS, "router=topk", *(f"router.zero_experts.num_{count}" for count in ("constant=2", "copy=1", "null=1")))
     ),
 }  # fmt: skip
 
