@@ -12,7 +12,7 @@ from moetrain.models.common.decoder import Decoder
 from moetrain.models.common.vocabulary import Vocabulary
 from moetrain.moe.context import ForwardContext
 from moetrain.objectives.batch import IGNORE, Batch
-from moetrain.objectives.language_modeling import ObjectiveTerms
+from moetrain.objectives.language_modeling import ObjectiveTerms, likelihood
 from moetrain.registry import register
 
 
@@ -39,14 +39,13 @@ class Consistency:
     def __call__(self, model: Decoder, batch: Batch, ctx: ForwardContext) -> ObjectiveTerms:
         targets = batch.targets.flatten()
         if not ctx.training:
-            logits = model(batch.tokens, ctx, document=batch.document).flatten(0, 1)
-            return ObjectiveTerms(model.vocabulary.negative_log_likelihood(logits, targets, ignore=IGNORE))
+            return ObjectiveTerms(model(batch.tokens, ctx, document=batch.document, output=likelihood(batch.targets))[0])
         document = None if batch.document is None else batch.document.repeat(2, 1)
         logits = model(batch.tokens.repeat(2, 1), ctx.repeated(2), document=document).flatten(0, 1)
         first, second = logits.chunk(2)
-        likelihood = [model.vocabulary.negative_log_likelihood(half, targets, ignore=IGNORE) for half in (first, second)]
+        nll = [model.vocabulary.negative_log_likelihood(half, targets, ignore=IGNORE) for half in (first, second)]
         divergence = torch.where(targets != IGNORE, symmetric_divergence(first, second, model.vocabulary), 0.0).sum()
-        return ObjectiveTerms(likelihood[0], {"second_pass": likelihood[1], "consistency": self.alpha * divergence})
+        return ObjectiveTerms(nll[0], {"second_pass": nll[1], "consistency": self.alpha * divergence})
 
 
 def symmetric_divergence(first: Tensor, second: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from moetrain.config import Component, setting
-from moetrain.models.common.decoder import Decoder
+from moetrain.models.common.decoder import Decoder, Output
+from moetrain.models.common.vocabulary import Vocabulary
 from moetrain.moe.context import ForwardContext
 from moetrain.objectives.batch import IGNORE, Batch
 from moetrain.registry import register
@@ -18,7 +18,8 @@ from moetrain.registry import register
 class ObjectiveTerms:
     """Sums over the valid tokens of a micro-batch, with gradient. The trainer divides by the tokens of the whole step.
 
-    main: what is reported as ``loss``. extra: further terms by name, already weighted; they count in ``loss_total``.
+    main: what is reported as ``loss``. extra: further terms by name, already weighted; they count in ``loss_total`` with the
+    same factor as main, so that main may carry their gradient.
     """
 
     main: Tensor
@@ -43,10 +44,15 @@ class LanguageModeling:
         self.config = config
 
     def __call__(self, model: Decoder, batch: Batch, ctx: ForwardContext) -> ObjectiveTerms:
-        logits = model(batch.tokens, ctx, document=batch.document).flatten(0, 1)
-        targets = batch.targets.flatten()
-        terms = ObjectiveTerms(model.vocabulary.negative_log_likelihood(logits, targets, ignore=IGNORE))
-        if self.config.output_z_loss and ctx.training:
-            squared = model.vocabulary.log_partition(logits).square()
-            terms.extra["output_z_loss"] = self.config.output_z_loss * torch.where(targets != IGNORE, squared, 0.0).sum()
-        return terms
+        z_weight = self.config.output_z_loss if ctx.training else 0.0
+        nll, z = model(batch.tokens, ctx, document=batch.document, output=likelihood(batch.targets, z_weight))
+        return ObjectiveTerms(nll, {"output_z_loss": z} if z_weight else {})
+
+
+def likelihood(targets: Tensor, z_weight: float = 0.0) -> Output:
+    """Output of a decoder: negative log-likelihood of the targets [B, S], and z-loss, as :meth:`Vocabulary.cross_entropy`."""
+
+    def output(hidden: Tensor, rows: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+        return vocabulary.cross_entropy(hidden, rows, targets.flatten(), ignore=IGNORE, z_weight=z_weight)
+
+    return output

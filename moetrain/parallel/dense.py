@@ -31,6 +31,7 @@ from moetrain.moe.execution import Executor
 from moetrain.moe.experts import Experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routing import Routing
+from moetrain.ops.cross_entropy import linear_cross_entropy
 from moetrain.parallel.collectives import Peers, count_traffic, naming, sum_over
 
 SPLIT_DIM: dict[Split, int] = {"column": 0, "heads": 0, "vocabulary": 0, "row": 1}
@@ -152,7 +153,8 @@ class SplitVocabulary:
 
     def __init__(self, size: int, peers: Peers) -> None:
         self.peers = peers
-        self.first = peers.rank * part_size(size, peers.size)
+        self.largest = part_size(size, peers.size)
+        self.first = peers.rank * self.largest
 
     def embed(self, tokens: Tensor, rows: Tensor) -> Tensor:
         index, here = self.locate(tokens.reshape(-1), rows.shape[0])
@@ -171,11 +173,35 @@ class SplitVocabulary:
         per_token = self.log_partition(logits) - sum_over(chosen, self.peers.group)
         return torch.where(targets != ignore, per_token, 0.0).sum()
 
+    def cross_entropy(self, hidden: Tensor, rows: Tensor, targets: Tensor, *, ignore: int, z_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+        part = _Part(self.first, self.largest, self.peers)
+        return linear_cross_entropy(hidden, rows, targets, ignore=ignore, z_weight=z_weight, part=part)
+
     def locate(self, entries: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """Index of each entry [T] among the ``held`` ones of this rank (0 if it is elsewhere), and whether it is here."""
         index = entries - self.first
         here = (index >= 0) & (index < held)
         return torch.where(here, index, 0), here
+
+
+@dataclass
+class _Part:
+    """:class:`moetrain.ops.cross_entropy.OutputPart` of a rank of a tensor group."""
+
+    first: int
+    largest: int
+    peers: Peers
+
+    def combine(self, log_partition: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        top = log_partition.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.peers.group)
+        total, chosen = self.sum(torch.stack([(log_partition - top).exp(), chosen]))
+        return top + total.log(), chosen
+
+    def sum(self, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values, group=self.peers.group)
+        return values
 
 
 class _LogPartition(torch.autograd.Function):

@@ -5,7 +5,7 @@ Families (``deepseek_moe``, ``glam``) choose the parts; nothing here or there kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,10 @@ from moetrain.models.common.vocabulary import Vocabulary, WholeVocabulary
 from moetrain.moe.context import ForwardContext
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers.base import tie_routers
+
+Output = Callable[[Tensor, Tensor, Vocabulary], Any]
+"""What to make of the final hidden states [T, D] and the rows [V, D] of the output matrix (under tensor parallelism this rank's
+rows) in place of logits: a tensor or a tuple of tensors."""
 
 NOT_CAUSAL = "is not causal: a token's experts depend on later tokens, which a decoder refuses unless router.allow_future=true"
 
@@ -74,7 +78,8 @@ def _recomputation(ctx: ForwardContext, carry: dict[str, Any]) -> Iterator[None]
 
 
 class Decoder(nn.Module):
-    """tokens [B, S] -> logits [B, S, V] in at least float32 (under tensor parallelism this rank's columns of them).
+    """tokens [B, S] -> logits [B, S, V] in at least float32 (under tensor parallelism this rank's columns of them), or what
+    ``output`` makes of the final hidden states.
 
     rope_theta: None without rotary embedding. logit_scale: factor on the final hidden states. head: None if the
     output is tied to the embedding. compute_dtype: dtype of activations. vocabulary: replaced by ``parallel.parallelize``.
@@ -114,7 +119,14 @@ class Decoder(nn.Module):
         self.splits = splits
         self.vocabulary: Vocabulary = WholeVocabulary()
 
-    def forward(self, tokens: Tensor, ctx: ForwardContext, document: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        ctx: ForwardContext,
+        document: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        output: Output | None = None,
+    ) -> Any:
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         rope = None if self.rope_theta is None else rope_table(positions, self.head_dim, self.rope_theta, dtype=self.compute_dtype)
@@ -127,7 +139,10 @@ class Decoder(nn.Module):
         x = self.norm(x).view(*tokens.shape, -1)
         if self.logit_scale != 1.0:
             x = x * self.logit_scale
-        logits = F.linear(x, local_part(self.embed).to(x.dtype)) if self.head is None else self.head(x)
+        weight = local_part(self.embed if self.head is None else self.head.weight)
+        if output is not None:  # here, where FSDP has gathered the weight
+            return output(x.flatten(0, 1), weight, self.vocabulary)
+        logits = F.linear(x, weight.to(x.dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def moe_layers(self) -> dict[str, MoELayer]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moetrain.ops.cross_entropy import linear_cross_entropy
+
 
 class Vocabulary(Protocol):
     """V entries. Where other ranks hold a part of them, ``rows`` and ``logits`` are this rank's part, and the results
@@ -29,6 +31,11 @@ class Vocabulary(Protocol):
         """Sum in nats over the targets [T] int64 other than ``ignore``. logits: [T, V]."""
         ...
 
+    def cross_entropy(self, hidden: Tensor, rows: Tensor, targets: Tensor, *, ignore: int, z_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The same sum from hidden [T, D] and rows [V, D] without the logits of all tokens in memory, and z_weight times
+        the sum of squared log-partitions. The first carries the gradient of both, see :func:`linear_cross_entropy`."""
+        ...
+
 
 class WholeVocabulary:
     """All of it is here."""
@@ -44,3 +51,6 @@ class WholeVocabulary:
 
     def negative_log_likelihood(self, logits: Tensor, targets: Tensor, *, ignore: int) -> Tensor:
         return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
+
+    def cross_entropy(self, hidden: Tensor, rows: Tensor, targets: Tensor, *, ignore: int, z_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(hidden, rows, targets, ignore=ignore, z_weight=z_weight)
