@@ -181,8 +181,9 @@ def vocabulary_terms(vocabulary, embed, head, tokens, targets, peers=None):
     logits = x @ head.t()
     nll = vocabulary.negative_log_likelihood(logits, targets, ignore=IGNORE)
     squared = vocabulary.log_partition(logits).square().sum()
-    ((nll + 0.3 * squared) / (1 if peers is None else peers.size)).backward()
-    return nll.detach(), squared.detach(), embed.grad, head.grad
+    fused, z = vocabulary.cross_entropy(x, head, targets, ignore=IGNORE, z_weight=0.1)
+    ((nll + 0.3 * squared + fused) / (1 if peers is None else peers.size)).backward()
+    return nll.detach(), squared.detach(), fused.detach(), z, embed.grad, head.grad
 
 
 def split_vocabulary(rank, world_size, embed, head, tokens, targets):
@@ -199,10 +200,10 @@ def test_a_split_vocabulary_gives_the_loss_and_gradients_of_the_whole(ranks):
     targets[[0, 5, 11]] = IGNORE
     expected = vocabulary_terms(WholeVocabulary(), embed, head, tokens, targets)
     results = run_distributed(split_vocabulary, ranks, embed, head, tokens, targets)
-    for nll, squared, _, _ in results:
-        assert_close(nll, expected[0], kind="layout")
-        assert_close(squared, expected[1], kind="layout")
-    for part in (2, 3):
+    for term in range(4):
+        for result in results:
+            assert_close(result[term], expected[term], kind="layout")
+    for part in (4, 5):
         assert_close(torch.cat([result[part] for result in results]), expected[part], kind="layout")
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from moetrain.models.common.sharding import local_part
 from moetrain.ops.activations import Activation, hidden_activation
+from moetrain.ops.rms_norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -32,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(wide, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.Module):

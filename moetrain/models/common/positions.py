@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.models.common.sharding import local_part
+from moetrain.ops.rotary import rotate
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -24,8 +25,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, *, dtype: torch.d
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x [B, H, S, head_dim]; dimension i is paired with i + head_dim / 2 (half-split convention)."""
     cos, sin = (t.to(x.dtype) for t in table)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotate(x, cos, sin)
 
 
 class RelativeBias(nn.Module):
