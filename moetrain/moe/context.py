@@ -155,10 +155,10 @@ class ForwardContext:
         if not self.recomputing:
             self.losses[name] = self.losses[name] + value if name in self.losses else value
 
-    def valid_tokens(self) -> Tensor:
-        """Scalar int64: tokens of this micro-batch that count."""
+    def valid_tokens(self, device: torch.device | None = None) -> Tensor:
+        """Scalar int64: tokens of this micro-batch that count. device: where to put it if all do."""
         if self.valid is None:
-            return torch.tensor(self.batch_size * self.seq_len)
+            return torch.full((), self.batch_size * self.seq_len, device=device)
         return self.valid.sum()
 
     def valid_per_sequence(self) -> Tensor | None:
@@ -254,10 +254,11 @@ class RouterContext:
         forward = self.forward
         sample = forward.sample if forward.sample is not None else torch.arange(forward.batch_size)
         site_key = f"{forward.seed}/{forward.step}/{self.name}/{site}"
+        base = torch.zeros_like(sample) if per == "pass" else sample
         keys = [noise.hash_text(f"{site_key}/{forward.pass_id + i}") for i in range(forward.passes)]
-        key = torch.tensor(keys, device=sample.device).repeat_interleave(forward.batch_size // forward.passes)
+        key = torch.cat([part + key for part, key in zip(base.chunk(forward.passes), keys, strict=True)])
         position = torch.arange(forward.seq_len, device=sample.device)
-        token_key = noise.mix(key if per == "pass" else sample + key)[:, None] + (position if per == "token" else 0 * position)
+        token_key = noise.mix(key)[:, None] + (position if per == "token" else 0 * position)
         return noise.uniform(token_key.reshape(-1).to(device or sample.device), width, dtype)
 
     def reduce(self, tensor: Tensor, scope: Scope) -> Tensor:

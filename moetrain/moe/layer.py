@@ -91,8 +91,8 @@ def statistics(routing: Routing, ctx: RouterContext) -> LayerStatistics:
     entropy = torch.zeros((), dtype=routing.weight.dtype, device=routing.weight.device)
     if routing.probs is not None:
         per_token = torch.special.entr(routing.probs).sum(dim=1)
-        entropy = (per_token if ctx.valid is None else per_token[ctx.valid]).sum()
-    tokens = ctx.forward.valid_tokens().to(routing.expert.device)
+        entropy = (per_token if ctx.valid is None else torch.where(ctx.valid, per_token, 0.0)).sum()
+    tokens = ctx.forward.valid_tokens(routing.expert.device)
     own = routing.aux.get("step_sums", torch.zeros(0, dtype=torch.float64, device=routing.expert.device))
     return LayerStatistics(routing.selected, routing.dispatched, entropy, tokens, own)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moetrain.ops.count import count
+
 PAD = -1
 """Expert id of an entry that is not there: a choice of a padding token, or one that capacity has dropped."""
 
@@ -69,12 +71,12 @@ class Routing:
         weight = torch.where(kept, self.weight if weight is None else weight, 0.0)
         return replace(self, expert=expert, weight=weight, padded=True, dispatched=count_experts(expert, self.selected.numel()))
 
-    def narrow(self, first: int, count: int) -> Routing:
-        """The routing of the ``count`` tokens from ``first`` on, numbered from 0. ``selected`` stays that of all tokens."""
-        rows = slice(first, first + count)
-        entries: slice | Tensor = (self.token >= first) & (self.token < first + count)
+    def narrow(self, first: int, num_tokens: int) -> Routing:
+        """The routing of the ``num_tokens`` tokens from ``first`` on, numbered from 0. ``selected`` stays that of all tokens."""
+        rows = slice(first, first + num_tokens)
+        entries: slice | Tensor = (self.token >= first) & (self.token < first + num_tokens)
         if self.top_k is not None:
-            entries = slice(first * self.top_k, (first + count) * self.top_k)
+            entries = slice(first * self.top_k, (first + num_tokens) * self.top_k)
         expert = self.expert[entries]
         return replace(
             self,
@@ -82,7 +84,7 @@ class Routing:
             expert=expert,
             slot=self.slot[entries],
             weight=self.weight[entries],
-            num_tokens=count,
+            num_tokens=num_tokens,
             dispatched=count_experts(expert, self.selected.numel()),
             logits=None if self.logits is None else self.logits[rows],
             probs=None if self.probs is None else self.probs[rows],
@@ -92,7 +94,7 @@ class Routing:
 
 def count_experts(expert: Tensor, num_experts: int) -> Tensor:
     """Entries per expert, [num_experts] int64; PAD entries are not counted. expert: [N] int64."""
-    return torch.bincount(expert + 1, minlength=num_experts + 1)[1:]
+    return count(expert, num_experts)
 
 
 def fixed_routing(

@@ -72,11 +72,12 @@ def count_units(batches: Sequence[Batch], placed: ParallelModel, flags: Sequence
 
 def make_context(batch: Batch, placed: ParallelModel, *, training: bool, seed: int, step: int, total_steps: int,
                  totals: Totals | None = None) -> ForwardContext:  # fmt: skip
-    """The forward context of one micro-batch."""
+    """The forward context of one micro-batch, which is still on CPU: which targets count is not read from a device."""
+    valid, batch = batch.valid(), batch.to(placed.device)
     return ForwardContext(
         batch_size=batch.tokens.shape[0],
         seq_len=batch.tokens.shape[1],
-        valid=batch.valid(),
+        valid=None if valid is None else valid.to(placed.device, non_blocking=True),
         sample=batch.sample,
         token_id=batch.tokens.reshape(-1),
         step=step,
@@ -107,8 +108,8 @@ def accumulate_gradients(
     terms: dict[str, Tensor] = {}
     statistics: dict[str, LayerStatistics] = {}
     for batch in batches:
-        batch = batch.to(placed.device)
         ctx = make_context(batch, placed, training=True, seed=seed, step=step, total_steps=total_steps, totals=totals)
+        batch = batch.to(placed.device)
         with phases("forward"):
             sums = objective(placed.model, batch, ctx)
             ctx.losses.update({name: value * (world / tokens) for name, value in sums.extra.items()})
@@ -150,8 +151,8 @@ def evaluate_loss(placed: ParallelModel, objective: Objective, batches: Iterable
     placed.model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=placed.device)
     for batch in batches:
-        batch = batch.to(placed.device)
         ctx = make_context(batch, placed, training=False, seed=0, step=0, total_steps=1)
+        batch = batch.to(placed.device)
         sums[0] += objective(placed.model, batch, ctx).main
         sums[1] += (batch.targets != IGNORE).sum()
     placed.reshard()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moetrain.moe.context import RouterContext, Scope
 from moetrain.moe.routing import PAD, Routing
+from moetrain.ops.count import count
 
 
 class Loss(nn.Module):
@@ -65,8 +66,7 @@ class GroupSums:
         self.num_groups = ctx.batch_size if scope == "sequence" else num_groups
         size = num_tokens // self.num_groups
         real = expert != PAD
-        index = torch.where(real, (token // size) * experts + expert, self.num_groups * experts)
-        counts = torch.bincount(index, minlength=self.num_groups * experts + 1)[:-1]
+        counts = count(torch.where(real, (token // size) * experts + expert, PAD), self.num_groups * experts)
         if ctx.valid is None:
             tokens = torch.full((self.num_groups,), size, device=expert.device)
         else:

@@ -177,7 +177,7 @@ class TopKRouter(LinearRouter):
             logits = config.logit_soft_cap * torch.tanh(logits / config.logit_soft_cap)
         aux = {}
         if noise_std is None and config.logit_noise:
-            noise_std = torch.tensor(config.logit_noise / self.num_columns, dtype=logits.dtype, device=logits.device)
+            noise_std = torch.full((), config.logit_noise / self.num_columns, dtype=logits.dtype, device=logits.device)
         if noise_std is not None and ctx.training:
             aux = {"clean_logits": logits, "noise_std": noise_std}
             logits = logits + noise_std * noise.normal(self.draws("logit_noise", logits, ctx)).to(logits.dtype)
