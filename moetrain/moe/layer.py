@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from moetrain.moe.capacity import Capacity
 from moetrain.moe.context import LayerStatistics, RouterContext
@@ -56,17 +57,23 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor, ctx: RouterContext) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens, ctx)
-        executed = routing
-        for name, dropout in self.dropout.items():
-            executed = dropout(executed, ctx, name)
-        executed = self.capacity(executed, ctx)
-        self.record(routing, executed, ctx)
-        y = self.executor(tokens, executed, self.experts, ctx)
+        with record_function("moe.router"):
+            routing = executed = self.router(tokens, ctx)
+        with record_function("moe.capacity"):
+            for name, dropout in self.dropout.items():
+                executed = dropout(executed, ctx, name)
+            executed = self.capacity(executed, ctx)
+        with record_function("moe.losses"):
+            self.record(routing, executed, ctx)
+        with record_function("moe.execute"):
+            y = self.executor(tokens, executed, self.experts, ctx)
         if self.zero_experts is not None:
             y = y + self.zero_experts(tokens, executed)
         y = y.view(-1, *x.shape[1:])  # an executor may return fewer tokens: a rank's run of them
-        return y if self.shared is None else y + self.shared(x)
+        if self.shared is None:
+            return y
+        with record_function("moe.shared"):
+            return y + self.shared(x)
 
     def prefetch(self, ctx: RouterContext) -> None:
         """To be called before the mixer in front of this layer: lets weights travel under it."""

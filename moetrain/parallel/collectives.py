@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from moetrain.errors import CommunicationError
 
@@ -78,9 +79,11 @@ def count_traffic(kind: str, send: Sequence[int], peers: Peers, messages: int | 
 
 @contextmanager
 def naming(operation: str, peers: Peers) -> Iterator[None]:
-    """Failures of the group's backend (a lost rank, a time-out) become errors that name this rank and the operation."""
+    """Failures of the group's backend (a lost rank, a time-out) become errors that name this rank and the operation; in a trace
+    it is a range of that name."""
     try:
-        yield
+        with record_function(f"comm.{operation}"):
+            yield
     except RuntimeError as error:
         raise CommunicationError(
             f"rank {dist.get_rank()}: {operation} among {peers.size} ranks failed: another rank is lost, or slower than "

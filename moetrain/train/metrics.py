@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from torch.profiler import record_function
+
 from moetrain.storage import replace, storage_errors
 from moetrain.train.settings import LoggingSection
 
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Phases:
-    """Seconds spent in the named phases of a step, as seen by this rank's main thread."""
+    """Seconds spent in the named phases of a step, as seen by this rank's main thread; in a trace, ranges ``train.<name>``."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -28,7 +30,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with record_function(f"train.{name}"):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

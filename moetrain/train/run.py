@@ -34,6 +34,7 @@ from moetrain.train.optim import set_learning_rate
 from moetrain.train.settings import Config
 from moetrain.train.state import Progress, all_tensors, set_update_count
 from moetrain.train.step import Objective, StepResult, accumulate_gradients, count_units, evaluate_loss
+from moetrain.train.trace import Tracer
 
 log = logging.getLogger(__name__)
 Stop = Callable[[], int | None]
@@ -52,7 +53,9 @@ def run_training(
     with trainer:
         trainer.resume()
         while trainer.progress.step < config.train.steps:
+            trainer.tracer.begin(trainer.progress.step + 1)
             signal = trainer.train_step(stop)
+            trainer.tracer.end(trainer.progress.step)
             if signal:
                 trainer.save()
                 return {"status": "interrupted", "step": trainer.progress.step, "signal": signal, "run_dir": str(run_dir)}
@@ -108,6 +111,7 @@ class Trainer:
     checkpointer: Checkpointer
     progress: Progress
     display: Display
+    tracer: Tracer
     recorder: Recorder | None = None
     traces: MetricsFile | None = None
     last_evaluation: dict[str, float] | None = None
@@ -146,6 +150,9 @@ class Trainer:
             checkpointer=Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save),
             progress=Progress(),
             display=display,
+            tracer=Tracer(
+                run_dir / "traces" / f"rank{ranks.rank}.json.gz", first=config.metrics.profile_step, steps=config.metrics.profile_steps
+            ),
         )
 
     def resume(self) -> None:
@@ -360,6 +367,7 @@ class Trainer:
         try:
             if kind is None:
                 self.checkpointer.finish()
+                self.tracer.close()
         finally:
             self.checkpointer.close()
             self.display.close()

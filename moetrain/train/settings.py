@@ -61,6 +61,10 @@ class MetricsSection:
     trace_routing: bool = setting(
         False, doc="write the loads of each step, by layer, rank and expert, to traces/loads.jsonl (layouts that place experts)"
     )
+    profile_step: int | None = setting(
+        None, doc="first step to trace with torch.profiler, to traces/rank<r>.json.gz, which opens in Perfetto; default: none", ge=1
+    )
+    profile_steps: int = setting(3, doc="steps to trace from metrics.profile_step on", ge=1)
     eval_every_steps: int | None = setting(None, doc="steps between held-out evaluations; default: only after the last step", ge=1)
     eval_batches: int = setting(
         8, doc="held-out batches of train.global_batch_size sequences per evaluation; fewer if the data has fewer", ge=1
@@ -123,6 +127,8 @@ class Config:
             for name, loss in self.loss.items():
                 yield Problem(f"loss.{name}", loss.kind, f"router={self.router.kind} has no probabilities to act on; loss=[] removes all")
         yield from self.spawn_problems()
+        if self.metrics.profile_step is not None and self.metrics.profile_step > self.train.steps:
+            yield Problem("metrics.profile_step", self.metrics.profile_step, f"must be <= train.steps ({self.train.steps})")
         if hasattr(self.router, "check"):
             yield from self.router.check("router", num_experts=experts)
         for name, loss in self.loss.items():

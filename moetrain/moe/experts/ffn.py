@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from moetrain.config import Component, setting
 from moetrain.moe.experts.base import Experts, ExpertTensor
@@ -48,6 +49,7 @@ class FFNExperts(Experts):
         up = ExpertTensor("w_up", "w_in", start, start + width, split_dim=0)
         return [*gate, up, ExpertTensor("w_down", "w_out", 0, hidden, split_dim=1)]
 
+    @record_function("moe.experts")
     def compute(self, x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
         w_in, w_out = (w.to(x.dtype) for w in weights)
         hidden = hidden_activation(grouped_linear(x, w_in, counts), self.config.activation, gated=self.config.gated)
