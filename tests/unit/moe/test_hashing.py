@@ -100,6 +100,7 @@ def test_losses_have_nothing_to_act_on() -> None:
         router, experts = HashConfig(), type("Experts", (), {"num_experts": E})
         loss = {"z": type("Loss", (), {"kind": "z_loss"})}
         capacity = model = None
+        metrics = type("Metrics", (), {"profile_step": None})
         spawn_problems = staticmethod(tuple)
 
     assert [p.field for p in Config.problems(Sections, "")] == ["loss.z"]  # type: ignore[arg-type]

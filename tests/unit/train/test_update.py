@@ -4,8 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.moe.context import LayerStatistics
+from moetrain.parallel.layouts import Layout
+from moetrain.testing.layouts import Training
+from moetrain.testing.scenarios import SCENARIOS
 from moetrain.train.optim import AdamWConfig, ConstantConfig, CosineConfig, WSDConfig, parameter_groups
 from moetrain.train.run import Trainer
 from moetrain.train.state import Progress
@@ -79,3 +83,27 @@ def test_schedules():
     exponential = WSDConfig(warmup_steps=0, final_factor=0.01, decay_fraction=0.5, shape="exponential")
     assert exponential.factor(75, 100) == pytest.approx(0.1)
     assert ConstantConfig(warmup_steps=0).factor(99, 100) == 1.0
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_parameters_are_updated_by_the_fused_kernel():
+    training = Training.start(0, SCENARIOS["deepseek"], Layout("single", 1, 1))
+    training.gradients(0)
+    before = {name: p.detach().clone() for name, p in training.placed.parameters()}
+    with Operations() as seen:
+        training.optimizer.step()
+    assert "aten::_fused_adamw_" in seen.names
+    assert not {name for name in seen.names if "addcdiv" in name or "lerp" in name or "sqrt" in name}
+    assert all(not torch.equal(before[name], p) for name, p in training.placed.parameters())
+    assert any(".experts." in name for name in before)
