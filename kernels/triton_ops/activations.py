@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 RSQRT_2_PI = tl.constexpr(0.3989422804014327)
 CUBIC = tl.constexpr(0.044715)
 
@@ -25,7 +25,7 @@ def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
-        y = x * sigmoid(2.0 * SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x))  # (1 + tanh u) / 2 = sigmoid(2 u)
+        y = x * sigmoid(x * TWICE_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC))  # (1 + tanh u) / 2 = sigmoid(2 u)
     else:
         tl.static_assert(ACTIVATION == "relu")
         y = tl.maximum(x, 0.0)
@@ -41,8 +41,8 @@ def activation_slope(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + x * RSQRT_2_PI * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":
-        s = sigmoid(2.0 * SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x))
-        slope = s + 2.0 * SQRT_2_OVER_PI * x * s * (1.0 - s) * (1.0 + 3.0 * CUBIC * x * x)
+        s = sigmoid(x * TWICE_SQRT_2_OVER_PI * (1.0 + x * x * CUBIC))
+        slope = s + x * TWICE_SQRT_2_OVER_PI * s * (1.0 - s) * (1.0 + x * x * (3.0 * CUBIC))
     else:
         tl.static_assert(ACTIVATION == "relu")
         slope = tl.where(x > 0.0, 1.0, 0.0)

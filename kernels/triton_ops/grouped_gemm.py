@@ -365,7 +365,6 @@ def _activation_backward(
     RESIDENT: tl.constexpr,
 ) -> None:
     DEPTH: tl.constexpr = DEPTH_BYTES // (grad.dtype.element_ty.primitive_bitwidth // 8)
-    width = hidden * (2 if GATED else 1)
     grad_box = _describe_rows(grad, num_rows, depth, ROWS, DEPTH, X_BOXED)
     w_box = _describe_weights(w, num_experts, hidden, depth, COLUMNS, DEPTH, False, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
@@ -379,24 +378,63 @@ def _activation_backward(
             left = _row_tile(grad, grad_box, index, first, k, depth, DEPTH, X_BOXED)
             right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, hidden, depth, COLUMNS, DEPTH, False, W_BOXED)
             grad_a = tl.dot(left, right, grad_a, input_precision=PRECISION)
-        row, column = first + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (row[:, None] < end) & (column[None, :] < hidden)
-        place = row[:, None].to(tl.int64)
-        gate = tl.load(h + place * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        acted = activate(gate, ACTIVATION)
-        slope = activation_slope(gate, ACTIVATION)
-        value = acted
-        if GATED:
-            up = tl.load(h + place * width + hidden + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            value *= up
-            slope *= up
+        row, column = first + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS // 4)
+        # a quarter of the columns at a time: the whole epilogue would not fit in registers
+        part_0, part_1, part_2, part_3 = _quarter(grad_a, ROWS, COLUMNS)
+        dot = _through_activation(part_0, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
+        column += COLUMNS // 4
+        dot += _through_activation(part_1, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
+        column += COLUMNS // 4
+        dot += _through_activation(part_2, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
+        column += COLUMNS // 4
+        dot += _through_activation(part_3, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
         if WEIGHTED:
-            # masked entries of value are zero: every activation of zero is
-            tl.store(dots + row.to(tl.int64) * column_tiles + column_tile, tl.sum(grad_a * value, 1), mask=row < end)
-            factor = tl.load(weight + row, mask=row < end, other=0.0)[:, None]
-            grad_a *= factor
-            value *= factor
-        tl.store(weighted + place * hidden + column[None, :], value.to(weighted.dtype.element_ty), mask=inside)
-        tl.store(grad_h + place * width + column[None, :], (grad_a * slope).to(grad_h.dtype.element_ty), mask=inside)
-        if GATED:
-            tl.store(grad_h + place * width + hidden + column[None, :], (grad_a * acted).to(grad_h.dtype.element_ty), mask=inside)
+            tl.store(dots + row.to(tl.int64) * column_tiles + column_tile, dot, mask=row < end)
+
+
+@triton.jit
+def _quarter(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The first, second, third and last quarter of the columns; they lie in the same threads' registers as before."""
+    left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+    part_0, part_1 = tl.split(tl.permute(tl.reshape(left, [ROWS, 2, COLUMNS // 4]), [0, 2, 1]))
+    part_2, part_3 = tl.split(tl.permute(tl.reshape(right, [ROWS, 2, COLUMNS // 4]), [0, 2, 1]))
+    return part_0, part_1, part_2, part_3
+
+
+@triton.jit
+def _through_activation(
+    grad_a: tl.tensor,
+    h: tl.tensor,
+    weight: tl.tensor,
+    grad_h: tl.tensor,
+    weighted: tl.tensor,
+    row: tl.tensor,
+    end: tl.tensor,
+    column: tl.tensor,
+    hidden: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+) -> tl.tensor:
+    """Stores grad_h and weighted for some rows and columns; returns <grad_a, a> per row over these columns."""
+    width = hidden * (2 if GATED else 1)
+    inside = (row[:, None] < end) & (column[None, :] < hidden)
+    place = row[:, None].to(tl.int64)
+    gate = tl.load(h + place * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    acted = activate(gate, ACTIVATION)
+    slope = activation_slope(gate, ACTIVATION)
+    value = acted
+    if GATED:
+        up = tl.load(h + place * width + hidden + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        value *= up
+        slope *= up
+    dot = tl.sum(grad_a * value, 1)  # masked entries of value are zero: every activation of zero is
+    if WEIGHTED:
+        factor = tl.load(weight + row, mask=row < end, other=0.0)[:, None]
+        grad_a *= factor
+        value *= factor
+    tl.store(weighted + place * hidden + column[None, :], value.to(weighted.dtype.element_ty), mask=inside)
+    tl.store(grad_h + place * width + column[None, :], (grad_a * slope).to(grad_h.dtype.element_ty), mask=inside)
+    if GATED:
+        tl.store(grad_h + place * width + hidden + column[None, :], (grad_a * acted).to(grad_h.dtype.element_ty), mask=inside)
+    return dot

@@ -58,7 +58,7 @@ def grouped_outer(
 def _rows(
     x: tl.tensor,
     box: tl.tensor,
-    source: tl.tensor,
+    index: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     first_column: tl.tensor,
@@ -73,10 +73,17 @@ def _rows(
         values = box.load([begin, first_column])
     else:
         row, column = begin + tl.arange(0, DEPTH), first_column + tl.arange(0, COLUMNS)
-        index = tl.load(source + row, mask=row < end, other=0) if GATHERED else row.to(tl.int64)
+        if not GATHERED:
+            index = row.to(tl.int64)
         inside = (row[:, None] < end) & (column[None, :] < width)
         values = tl.load(x + index[:, None] * width + column[None, :], mask=inside, other=0.0)
     return values
+
+
+@triton.jit
+def _source_index(source: tl.tensor, begin: tl.tensor, end: tl.tensor, DEPTH: tl.constexpr, GATHERED: tl.constexpr) -> tl.tensor:
+    row = begin + tl.arange(0, DEPTH)
+    return tl.load(source + row, mask=row < end, other=0) if GATHERED else row.to(tl.int64)
 
 
 @tuned("outer", ["height", "width", "bucket"])
@@ -126,10 +133,13 @@ def _outer(
         first_row = (group * GROUP + inside % group_height) * ROWS
         first_column = inside // group_height * COLUMNS
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        index = _source_index(source, begin, end, DEPTH, LEFT_GATHERED or RIGHT_GATHERED)
         for k in range(begin, end, DEPTH):
             # past the expert's last row one factor is zero and the other is another expert's row, or zero after the last row
-            a = _rows(left, left_box, source, k, end, first_row, height, DEPTH, ROWS, LEFT_GATHERED, LEFT_BOXED)
-            b = _rows(right, right_box, source, k, end, first_column, width, DEPTH, COLUMNS, RIGHT_GATHERED, RIGHT_BOXED)
+            a = _rows(left, left_box, index, k, end, first_row, height, DEPTH, ROWS, LEFT_GATHERED, LEFT_BOXED)
+            b = _rows(right, right_box, index, k, end, first_column, width, DEPTH, COLUMNS, RIGHT_GATHERED, RIGHT_BOXED)
+            # read one step ahead: rows whose place is still on its way could not be fetched ahead themselves
+            index = _source_index(source, k + DEPTH, end, DEPTH, LEFT_GATHERED or RIGHT_GATHERED)
             sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION)
         row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
         pointer = out + expert.to(tl.int64) * height * width + row[:, None] * width + column[None, :]

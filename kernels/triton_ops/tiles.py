@@ -54,7 +54,7 @@ _TINY = [Tile(rows=16, columns=16, depth=64, warps=1, stages=1, resident=1)]
 _WIDE = Tile(rows=128, columns=256, stages=4)
 _PAIR = Tile(rows=128, columns=128, warps=4, stages=3, resident=2)
 _SQUARE = Tile(rows=128, columns=128, stages=4)
-_FLAT = Tile(rows=64, columns=256, warps=4, stages=4)
+_HALF = Tile(rows=128, columns=64, warps=4, stages=3, resident=2)
 _FEW_ROWS = Tile(rows=64, columns=128, warps=4, stages=4, resident=2)
 # Ampere and Ada: 163 KiB, on small chips 99 KiB
 _AMPERE = [
@@ -68,26 +68,40 @@ _CDNA = [Tile(rows=128, columns=128, depth=128, warps=8, stages=2, resident=1), 
 # The sums of gate and up columns double the registers of an activation tile. The activation's backward keeps one
 # partial dot product per tile of columns, so all its tiles have the same number of columns.
 TILES: dict[str, dict[str, list[Tile]]] = {
-    "plain": {"sm_90": [_WIDE, _PAIR, _SQUARE, _FEW_ROWS], "sm_80": _AMPERE, "gfx942": _CDNA, "interpreter": _TINY},
+    "plain": {
+        "sm_100": [_WIDE, _PAIR, _SQUARE],
+        "sm_90": [_WIDE, _PAIR, _SQUARE, _FEW_ROWS],
+        "sm_80": _AMPERE,
+        "gfx942": _CDNA,
+        "interpreter": _TINY,
+    },
     "activation": {
-        "sm_90": [_SQUARE, Tile(rows=128, columns=64, warps=4, stages=3, resident=2), Tile(rows=64, columns=128, warps=4, stages=4)],
+        "sm_100": [_SQUARE, _HALF],
+        "sm_90": [_SQUARE, _HALF, Tile(rows=64, columns=128, warps=4, stages=4)],
         "sm_80": [Tile(rows=128, columns=64, depth=64, stages=4), Tile(rows=64, columns=64, depth=64, warps=4, stages=4, resident=2)],
         "gfx942": [Tile(rows=128, columns=64, stages=2), Tile(rows=64, columns=64, warps=4, stages=2, resident=2)],
         "interpreter": _TINY,
     },
     "activation_backward": {
-        "sm_90": [_SQUARE, _PAIR, _FEW_ROWS],
-        "sm_80": _AMPERE,
+        "sm_100": [_SQUARE],
+        "sm_90": [_FEW_ROWS, _SQUARE],  # most of its traffic is in the epilogue, which the other resident program hides
+        "sm_80": [_AMPERE[0], _AMPERE[2]],
         "gfx942": [Tile(rows=128, columns=128, stages=2), Tile(rows=64, columns=128, warps=4, stages=2)],
         "interpreter": _TINY,
     },
-    "outer": {"sm_90": [_WIDE, _PAIR, _SQUARE], "sm_80": _AMPERE[:2], "gfx942": _CDNA, "interpreter": _TINY},
+    "outer": {
+        "sm_100": [_WIDE, _PAIR, _SQUARE],
+        "sm_90": [_WIDE, _PAIR, _SQUARE],
+        "sm_80": _AMPERE[:1],
+        "gfx942": _CDNA,
+        "interpreter": _TINY,
+    },
 }
 
 
 def family(major: int, minor: int) -> str:
     """The column of :data:`TILES` for a compute capability."""
-    return "sm_90" if (major, minor) in {(9, 0), (10, 0), (10, 3)} else "sm_80"
+    return {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_80")
 
 
 def target() -> str:
@@ -126,7 +140,7 @@ def describable(*operands: Tensor) -> bool:
     if INTERPRETED:
         supported = hasattr(triton.language, "make_tensor_descriptor")
     else:
-        supported = target() == "sm_90" and hasattr(triton.language, "make_tensor_descriptor")
+        supported = target() in ("sm_90", "sm_100") and hasattr(triton.language, "make_tensor_descriptor")
     return supported and all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
 
 
