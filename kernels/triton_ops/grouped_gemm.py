@@ -20,11 +20,10 @@ from moetrain.kernels.triton_ops.tiles import (
     GROUP_ROWS,
     LARGEST_MATRIX,
     bucket,
-    describable,
+    easy,
     precision,
-    prepare_descriptors,
+    prepare_boxes,
     programs,
-    tiles,
     tuned,
 )
 
@@ -40,10 +39,10 @@ def grouped_gemm(
     num_rows = x.shape[0] if source is None else source.shape[0]
     y = x.new_empty(num_rows, w.shape[1] if transposed else w.shape[2])
     if y.numel():
-        boxes = _boxes(x, w, source)
-        _plain[_grid(num_rows, y.shape[1], counts)](
+        is_easy, shared = _check(x, w, y, source)
+        _plain.serving(is_easy)[_grid(num_rows, y.shape[1], counts)](
             x, source, w, counts, scale, y, num_rows, y.shape[1], x.shape[1], bucket(num_rows, len(counts)), len(counts),
-            SCALED=scale is not None, TRANSPOSED=transposed, **boxes,
+            SCALED=scale is not None, TRANSPOSED=transposed, **shared,
         )  # fmt: skip
     return y
 
@@ -57,10 +56,10 @@ def activation_gemm(x: Tensor, w: Tensor, counts: Tensor, *, source: Tensor | No
     hidden = w.shape[1] // 2 if gated else w.shape[1]
     h, a = x.new_empty(num_rows, w.shape[1]), x.new_empty(num_rows, hidden)
     if a.numel():
-        boxes = _boxes(x, w, source)
-        _activation[_grid(num_rows, hidden, counts)](
+        is_easy, shared = _check(x, w, a, source)
+        _activation.serving(is_easy)[_grid(num_rows, hidden, counts)](
             x, source, w, counts, h, a, num_rows, hidden, x.shape[1], bucket(num_rows, len(counts)), len(counts),
-            ACTIVATION=activation, GATED=gated, **boxes,
+            ACTIVATION=activation, GATED=gated, **shared,
         )  # fmt: skip
     return h, a
 
@@ -75,28 +74,28 @@ def activation_backward_gemm(
     """
     num_rows, hidden = h.shape[0], w.shape[2]
     grad_h, weighted = torch.empty_like(h), h.new_empty(num_rows, hidden)
-    columns = tiles("activation_backward")[0].columns
+    is_easy, shared = _check(grad, w, weighted, source)
+    kernel = _activation_backward.serving(is_easy)
+    columns = kernel.configs[0].kwargs["COLUMNS"]
     dots = None if weight is None else torch.empty(num_rows, triton.cdiv(hidden, columns), dtype=torch.float32, device=h.device)
     if weighted.numel():
-        boxes = _boxes(grad, w, source)
-        _activation_backward[_grid(num_rows, hidden, counts)](
+        kernel[_grid(num_rows, hidden, counts)](
             grad, source, w, counts, h, weight, grad_h, weighted, dots, num_rows, hidden, grad.shape[1],
-            bucket(num_rows, len(counts)), len(counts), ACTIVATION=activation, GATED=gated, WEIGHTED=weight is not None, **boxes,
+            bucket(num_rows, len(counts)), len(counts), ACTIVATION=activation, GATED=gated, WEIGHTED=weight is not None, **shared,
         )  # fmt: skip
     return grad_h, weighted, None if dots is None else dots.sum(1)
 
 
-def _boxes(x: Tensor, w: Tensor, source: Tensor | None) -> dict[str, object]:
-    """Constants that all three launches share; checks what the kernels take for granted."""
+def _check(x: Tensor, w: Tensor, y: Tensor, source: Tensor | None) -> tuple[bool, dict[str, object]]:
+    """Whether x, w and the result y are easy, and constants that all launches share; checks what the kernels take for granted."""
     assert x.is_contiguous() and w.is_contiguous() and x.dtype == w.dtype
-    assert w[0].numel() < LARGEST_MATRIX, f"one expert's matrix of {tuple(w.shape[1:])} needs 64-bit offsets"
-    boxed = describable(w)
-    if boxed:
-        prepare_descriptors()
-    return {
-        "EXPERTS": triton.next_power_of_2(w.shape[0]),
+    assert w.shape[1] * w.shape[2] < LARGEST_MATRIX, f"one expert's matrix of {tuple(w.shape[1:])} needs 64-bit offsets"
+    is_easy = easy(x, w, y)
+    boxed = prepare_boxes(is_easy)
+    return is_easy, {
+        "EXPERTS": triton.next_power_of_2(max(len(w), 1)),
         "GATHERED": source is not None,
-        "X_BOXED": boxed and source is None and describable(x),
+        "X_BOXED": boxed and source is None,
         "W_BOXED": boxed,
         "GROUP": GROUP_ROWS,
         "PRECISION": precision(x.dtype),

@@ -11,9 +11,9 @@ from moetrain.kernels.triton_ops.tiles import (
     GROUP_ROWS,
     LARGEST_MATRIX,
     bucket,
-    describable,
+    easy,
     precision,
-    prepare_descriptors,
+    prepare_boxes,
     programs,
     tuned,
 )
@@ -37,19 +37,18 @@ def grouped_outer(
     if not out.numel():
         return out
     # The rows past an expert's last must not be summed: one side is read with a mask, the other may be copied in boxes.
-    right_boxed = right_source is None and describable(right)
-    left_boxed = right_source is not None and describable(left)
-    if right_boxed or left_boxed:
-        prepare_descriptors()
+    is_easy = easy(left, right)
+    boxed = prepare_boxes(is_easy)
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         count = len(counts) * triton.cdiv(height, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"])
         return (programs(count, meta["RESIDENT"], out.device),)
 
-    _outer[grid](
+    _outer.serving(is_easy)[grid](
         left, right, source, counts, out, num_rows, height, width, bucket(num_rows, len(counts)), len(counts),
         EXPERTS=triton.next_power_of_2(len(counts)), LEFT_GATHERED=left_source is not None, RIGHT_GATHERED=right_source is not None,
-        LEFT_BOXED=left_boxed, RIGHT_BOXED=right_boxed, GROUP=GROUP_ROWS, PRECISION=precision(left.dtype),
+        LEFT_BOXED=boxed and right_source is not None, RIGHT_BOXED=boxed and right_source is None,
+        GROUP=GROUP_ROWS, PRECISION=precision(left.dtype),
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moetrain.kernels.triton_ops.tiles import INTERPRETED
 
-ENTRIES = 64 if INTERPRETED else 4096
+ENTRIES = 64 if INTERPRETED else 1024
 """Logits per program, so that tokens per program follow from the number of experts."""
 
 

@@ -17,6 +17,7 @@ PAD = -1
 """The expert id of an assignment that goes nowhere."""
 BLOCK = 16 if INTERPRETED else 128
 """Ids per program; each is compared with all others of its block."""
+WARPS = 1 if INTERPRETED else 8
 
 
 def sort_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,10 +35,9 @@ def sort_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     blocks = triton.cdiv(num_ids, BLOCK)
     rank = torch.empty(num_ids, dtype=torch.int32, device=expert.device)
     table = torch.zeros(num_experts + 1, blocks, dtype=torch.int32, device=expert.device)  # the last row counts -1
-    warps = 1 if INTERPRETED else 4
-    _rank_in_block[(blocks,)](expert, rank, table, num_ids, num_experts, blocks, BLOCK=BLOCK, num_warps=warps)
+    _rank_in_block[(blocks,)](expert, rank, table, num_ids, num_experts, blocks, BLOCK=BLOCK, num_warps=WARPS)
     ends = table.flatten().cumsum(0)  # int64
-    _scatter[(blocks,)](expert, rank, table, ends, order, place, num_ids, num_experts, blocks, BLOCK=BLOCK, num_warps=warps)
+    _scatter[(blocks,)](expert, rank, table, ends, order, place, num_ids, num_experts, blocks, BLOCK=BLOCK, num_warps=WARPS)
     return order, table[:num_experts].sum(1), place
 
 

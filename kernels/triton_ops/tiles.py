@@ -4,7 +4,8 @@ Products are cut into tiles of ``rows x columns`` results; ``depth`` bytes of ea
 (128 bytes is the widest swizzle of shared memory), ``stages`` of them are in flight, and a processor holds ``resident``
 programs of ``warps`` warps each. The first entry is used where nothing can be measured; among several the fastest is
 measured once per shape, dtype and GPU, and kept in Triton's cache ($TRITON_CACHE_DIR). MOETRAIN_TRITON_TUNE=0 always
-takes the first: the same sums on every machine of a kind.
+takes the first: the same sums on every machine of a kind. One small tile serves what is not easy: float32, and sizes of
+which rows are not whole vectors.
 """
 
 from __future__ import annotations
@@ -99,6 +100,16 @@ TILES: dict[str, dict[str, list[Tile]]] = {
 }
 
 
+HARD = {
+    "sm_100": Tile(rows=64, columns=64, depth=64, warps=4),
+    "sm_90": Tile(rows=64, columns=64, depth=64, warps=4),
+    "sm_80": Tile(rows=64, columns=64, depth=64, warps=4),
+    "gfx942": Tile(rows=64, columns=64, depth=64, warps=4, stages=2),
+    "interpreter": _TINY[0],
+}
+"""Of every kernel: each element has its own address and mask, or each product is three."""
+
+
 def family(major: int, minor: int) -> str:
     """The column of :data:`TILES` for a compute capability."""
     return {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_80")
@@ -118,14 +129,35 @@ def tiles(kernel: str, column: str | None = None) -> list[Tile]:
     return TILES[kernel][column or target()]
 
 
-def tuned(kernel: str, key: list[str]) -> Callable[[Any], Any]:
-    """Decorates a jitted kernel with its tiles; ``key``: the arguments on which the choice depends."""
-    shipped = tiles(kernel)
+@dataclass(frozen=True)
+class Tuned:
+    """A jitted kernel with its tiles."""
+
+    kernel: Any
+    """As ``triton.jit`` made it."""
+    shipped: Any
+    """With the tiles of :data:`TILES`, of which the fastest is taken."""
+    hard: Any
+    """With that of :data:`HARD`."""
+
+    def serving(self, easy: bool) -> Any:
+        """The one to launch."""
+        return self.shipped if easy else self.hard
+
+
+def tuned(name: str, key: list[str]) -> Callable[[Any], Tuned]:
+    """Decorates a jitted kernel; ``key``: the arguments on which the choice of a tile depends."""
+    shipped = tiles(name)
     if os.environ.get("MOETRAIN_TRITON_TUNE") == "0":
         shipped = shipped[:1]
     # older releases choose anew in every process
     keeps = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
-    return triton.autotune([tile.config() for tile in shipped], key=key, **keeps)
+
+    def decorate(kernel: Any) -> Tuned:
+        choice = triton.autotune([tile.config() for tile in shipped], key=key, **keeps)(kernel)
+        return Tuned(kernel, choice, triton.autotune([HARD[target()].config()], key=[])(kernel))
+
+    return decorate
 
 
 def programs(tiles_at_most: int, resident: int, device: torch.device) -> int:
@@ -135,19 +167,22 @@ def programs(tiles_at_most: int, resident: int, device: torch.device) -> int:
     return max(1, min(processors * resident, tiles_at_most))
 
 
-def describable(*operands: Tensor) -> bool:
-    """Whether the hardware copies boxes of these row-major tensors by itself (TMA): 16-byte rows and pointers."""
-    if INTERPRETED:
-        supported = hasattr(triton.language, "make_tensor_descriptor")
-    else:
-        supported = target() in ("sm_90", "sm_100") and hasattr(triton.language, "make_tensor_descriptor")
-    return supported and all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+def easy(*operands: Tensor) -> bool:
+    """Whether row-major operands can be read in whole vectors and multiplied at once. (The interpreter multiplies all at once.)"""
+    fits = all(t.shape[-1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+    return fits and (INTERPRETED or operands[0].element_size() == 2)
 
 
-def prepare_descriptors() -> None:
-    """Descriptors are made in the kernels, in memory from torch. Each thread has its own setting, and backward runs in another."""
-    if hasattr(triton, "set_allocator"):
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+def prepare_boxes(is_easy: bool) -> bool:
+    """Whether the hardware copies boxes of an operand by itself (TMA); if so, makes it ready for that.
+
+    Descriptors of boxes are made in the kernels, in memory from torch. Each thread has its own setting, and backward runs in another.
+    """
+    can = INTERPRETED or target() in ("sm_90", "sm_100")
+    if not (is_easy and can and hasattr(triton.language, "make_tensor_descriptor")):
+        return False
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    return True
 
 
 def precision(dtype: torch.dtype) -> str:
