@@ -5,7 +5,7 @@ Everything is float32. Ties go to the lower id; the choice is by logits, which s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,7 +18,8 @@ ENTRIES = 64 if INTERPRETED else 1024
 """Logits per program, so that tokens per program follow from the number of experts."""
 
 
-class Routed(NamedTuple):
+@dataclass(frozen=True)
+class Routed:
     """What the router's forward returns."""
 
     probs: Tensor

@@ -78,7 +78,7 @@ TILES: dict[str, dict[str, list[Tile]]] = {
     },
     "activation": {
         "sm_100": [_SQUARE, _HALF],
-        "sm_90": [_SQUARE, _HALF, Tile(rows=64, columns=128, warps=4, stages=4)],
+        "sm_90": [_SQUARE, _HALF, Tile(rows=64, columns=64, warps=4, stages=4, resident=2)],
         "sm_80": [Tile(rows=128, columns=64, depth=64, stages=4), Tile(rows=64, columns=64, depth=64, warps=4, stages=4, resident=2)],
         "gfx942": [Tile(rows=128, columns=64, stages=2), Tile(rows=64, columns=64, warps=4, stages=2, resident=2)],
         "interpreter": _TINY,
@@ -100,11 +100,12 @@ TILES: dict[str, dict[str, list[Tile]]] = {
 }
 
 
+_SMALL = Tile(rows=64, columns=64, depth=64)
 HARD = {
-    "sm_100": Tile(rows=64, columns=64, depth=64, warps=4),
-    "sm_90": Tile(rows=64, columns=64, depth=64, warps=4),
-    "sm_80": Tile(rows=64, columns=64, depth=64, warps=4),
-    "gfx942": Tile(rows=64, columns=64, depth=64, warps=4, stages=2),
+    "sm_100": Tile(rows=64, columns=32, depth=64),
+    "sm_90": _SMALL,
+    "sm_80": _SMALL,
+    "gfx942": Tile(rows=64, columns=64, depth=64, stages=2),
     "interpreter": _TINY[0],
 }
 """Of every kernel: each element has its own address and mask, or each product is three."""

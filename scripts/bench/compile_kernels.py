@@ -1,7 +1,7 @@
 """Compiles every Triton kernel with its shipped tiles for GPUs that need not be here, and says what became of it.
 
-Targets: sm_80 (A100), sm_90 (H100), sm_100 (B200), gfx942 (MI300). Per build: registers, spilled bytes (local memory; on AMD
-spilled registers and scratch), shared memory, matrix instructions, bulk copies (TMA), and the programs and warps that a
+Targets: sm_80 (A100), sm_90 (H100), sm_100 (B200), gfx942 (MI300). Per build: registers, spilled bytes (local memory, on AMD
+scratch), shared memory, matrix instructions, bulk copies (TMA), and the programs and warps that a
 processor then holds at once. A product without matrix instructions, any spill, and more shared memory than the target has are
 faults; the script then ends with status 1. Needs the triton wheel, which brings cuobjdump, and no GPU.
 
@@ -186,17 +186,21 @@ def builds() -> Iterator[Build]:
 
 
 def pairwise(every: Iterable[Build]) -> list[Build]:
-    """Builds in which every two of (target, kernel, variant, dtype, place of the tile) meet that meet in all."""
-    seen: set[tuple[object, ...]] = set()
+    """Few builds in which every two of (target, kernel, dtype, place of the tile) meet that meet in all, and every variant occurs."""
+    missing = {build: _pairs(build) for build in every}
     chosen = []
-    for build in every:
-        tile = None if build.tile is None else [*TILES[build.kernel][build.target], HARD[build.target]].index(build.tile)
-        factors = enumerate((build.target, build.kernel, (build.kernel, build.variant), build.dtype, tile))
-        pairs = set(itertools.combinations(factors, 2))
-        if pairs - seen:
-            chosen.append(build)
-            seen |= pairs
+    while any(missing.values()):
+        best = max(missing, key=lambda build: len(missing[build]))
+        chosen.append(best)
+        covered = missing.pop(best)
+        missing = {build: pairs - covered for build, pairs in missing.items()}
     return chosen
+
+
+def _pairs(build: Build) -> set[tuple[object, ...]]:
+    tile = None if build.tile is None else [*TILES[build.kernel][build.target], HARD[build.target]].index(build.tile)
+    factors = enumerate((build.target, build.kernel, build.dtype, tile))
+    return {*itertools.combinations(factors, 2), (build.kernel, build.variant)}
 
 
 def measure(build: Build) -> dict[str, Any]:
@@ -255,7 +259,8 @@ def _amd(code: str) -> dict[str, Any]:
         assert found, name
         return int(found[1])
 
-    spilled = number("private_segment_fixed_size") + 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    # scalar registers spill into lanes of vector registers, not into memory
+    spilled = max(number("private_segment_fixed_size"), 4 * number("vgpr_spill_count"))
     return {"code": code, "registers": number("vgpr_count"), "spilled_bytes": spilled}
 
 
