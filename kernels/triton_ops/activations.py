@@ -37,7 +37,7 @@ def activation_slope(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """act'(x), float32; 0 at relu's kink, as torch has it."""
     if ACTIVATION == "silu":
         s = sigmoid(x)
-        slope = s * (1.0 + x * (1.0 - s))
+        slope = s + x * s * (1.0 - s)
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + x * RSQRT_2_PI * tl.exp(-0.5 * x * x)
     elif ACTIVATION == "gelu_tanh":

@@ -27,6 +27,9 @@ from moetrain.kernels.triton_ops.tiles import (
     tuned,
 )
 
+PART = tl.constexpr(32)
+"""Columns for which the activation's backward keeps one partial sum of <g, a>; every tile's columns are 1, 2, 4, ... parts."""
+
 
 def grouped_gemm(
     x: Tensor, w: Tensor, counts: Tensor, *, source: Tensor | None = None, transposed: bool, scale: Tensor | None = None
@@ -74,12 +77,10 @@ def activation_backward_gemm(
     """
     num_rows, hidden = h.shape[0], w.shape[2]
     grad_h, weighted = torch.empty_like(h), h.new_empty(num_rows, hidden)
-    is_easy, shared = _check(grad, w, weighted, source)
-    kernel = _activation_backward.serving(is_easy)
-    columns = kernel.configs[0].kwargs["COLUMNS"]
-    dots = None if weight is None else torch.empty(num_rows, triton.cdiv(hidden, columns), dtype=torch.float32, device=h.device)
+    dots = None if weight is None else torch.empty(num_rows, triton.cdiv(hidden, PART.value), dtype=torch.float32, device=h.device)
     if weighted.numel():
-        kernel[_grid(num_rows, hidden, counts)](
+        is_easy, shared = _check(grad, w, weighted, source)
+        _activation_backward.serving(is_easy)[_grid(num_rows, hidden, counts)](
             grad, source, w, counts, h, weight, grad_h, weighted, dots, num_rows, hidden, grad.shape[1],
             bucket(num_rows, len(counts)), len(counts), ACTIVATION=activation, GATED=gated, WEIGHTED=weight is not None, **shared,
         )  # fmt: skip
@@ -377,63 +378,62 @@ def _activation_backward(
             left = _row_tile(grad, grad_box, index, first, k, depth, DEPTH, X_BOXED)
             right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, hidden, depth, COLUMNS, DEPTH, False, W_BOXED)
             grad_a = tl.dot(left, right, grad_a, input_precision=PRECISION)
-        row, column = first + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS // 4)
-        # a quarter of the columns at a time: the whole epilogue would not fit in registers
-        part_0, part_1, part_2, part_3 = _quarter(grad_a, ROWS, COLUMNS)
-        dot = _through_activation(part_0, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
-        column += COLUMNS // 4
-        dot += _through_activation(part_1, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
-        column += COLUMNS // 4
-        dot += _through_activation(part_2, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
-        column += COLUMNS // 4
-        dot += _through_activation(part_3, h, weight, grad_h, weighted, row, end, column, hidden, ACTIVATION, GATED, WEIGHTED)
-        if WEIGHTED:
-            tl.store(dots + row.to(tl.int64) * column_tiles + column_tile, dot, mask=row < end)
-
-
-@triton.jit
-def _quarter(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The first, second, third and last quarter of the columns; they lie in the same threads' registers as before."""
-    left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
-    part_0, part_1 = tl.split(tl.permute(tl.reshape(left, [ROWS, 2, COLUMNS // 4]), [0, 2, 1]))
-    part_2, part_3 = tl.split(tl.permute(tl.reshape(right, [ROWS, 2, COLUMNS // 4]), [0, 2, 1]))
-    return part_0, part_1, part_2, part_3
+        row = first + tl.arange(0, ROWS)
+        factor = tl.load(weight + row, mask=row < end, other=0.0) if WEIGHTED else 1.0
+        _through_activation(
+            grad_a, h, factor, grad_h, weighted, dots, row, end, column_tile * COLUMNS, hidden, COLUMNS, ACTIVATION, GATED, WEIGHTED
+        )
 
 
 @triton.jit
 def _through_activation(
     grad_a: tl.tensor,
     h: tl.tensor,
-    weight: tl.tensor,
+    factor: tl.tensor,
     grad_h: tl.tensor,
     weighted: tl.tensor,
+    dots: tl.tensor,
     row: tl.tensor,
     end: tl.tensor,
-    column: tl.tensor,
+    first_column: tl.tensor,
     hidden: tl.tensor,
+    COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     WEIGHTED: tl.constexpr,
-) -> tl.tensor:
-    """Stores grad_h and weighted for some rows and columns; returns <grad_a, a> per row over these columns."""
-    width = hidden * (2 if GATED else 1)
-    inside = (row[:, None] < end) & (column[None, :] < hidden)
-    place = row[:, None].to(tl.int64)
-    gate = tl.load(h + place * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    acted = activate(gate, ACTIVATION)
-    slope = activation_slope(gate, ACTIVATION)
-    value = acted
-    if GATED:
-        up = tl.load(h + place * width + hidden + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        value *= up
-        slope *= up
-    dot = tl.sum(grad_a * value, 1)  # masked entries of value are zero: every activation of zero is
-    if WEIGHTED:
-        factor = tl.load(weight + row, mask=row < end, other=0.0)[:, None]
-        grad_a *= factor
-        value *= factor
-    tl.store(weighted + place * hidden + column[None, :], value.to(weighted.dtype.element_ty), mask=inside)
-    tl.store(grad_h + place * width + column[None, :], (grad_a * slope).to(grad_h.dtype.element_ty), mask=inside)
-    if GATED:
-        tl.store(grad_h + place * width + hidden + column[None, :], (grad_a * acted).to(grad_h.dtype.element_ty), mask=inside)
-    return dot
+) -> None:
+    """Stores grad_h, weighted and dots for some rows and columns."""
+    if COLUMNS > PART:  # a part at a time: the whole would not fit in registers
+        left, right = tl.split(tl.permute(tl.reshape(grad_a, [row.shape[0], 2, COLUMNS // 2]), [0, 2, 1]))
+        _through_activation(
+            left, h, factor, grad_h, weighted, dots, row, end, first_column, hidden, COLUMNS // 2, ACTIVATION, GATED, WEIGHTED
+        )
+        first_column += COLUMNS // 2
+        _through_activation(
+            right, h, factor, grad_h, weighted, dots, row, end, first_column, hidden, COLUMNS // 2, ACTIVATION, GATED, WEIGHTED
+        )
+    else:
+        tl.static_assert(COLUMNS == PART)
+        width = hidden * (2 if GATED else 1)
+        column = first_column + tl.arange(0, COLUMNS)
+        inside = (row[:, None] < end) & (column[None, :] < hidden)
+        place = row[:, None].to(tl.int64)
+        gate = tl.load(h + place * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        acted = activate(gate, ACTIVATION)
+        value = acted
+        if GATED:
+            up = tl.load(h + place * width + hidden + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            value *= up
+        if WEIGHTED:
+            # masked entries of value are zero: every activation of zero is
+            dot = dots + row.to(tl.int64) * tl.cdiv(hidden, PART) + first_column // PART
+            tl.store(dot, tl.sum(grad_a * value, 1), mask=row < tl.where(first_column < hidden, end, 0))
+            grad_a *= factor[:, None]
+            value *= factor[:, None]
+        tl.store(weighted + place * hidden + column[None, :], value.to(weighted.dtype.element_ty), mask=inside)
+        slope = activation_slope(gate, ACTIVATION)
+        if GATED:
+            slope *= up
+        tl.store(grad_h + place * width + column[None, :], (grad_a * slope).to(grad_h.dtype.element_ty), mask=inside)
+        if GATED:
+            tl.store(grad_h + place * width + hidden + column[None, :], (grad_a * acted).to(grad_h.dtype.element_ty), mask=inside)

@@ -66,8 +66,7 @@ _AMPERE = [
 # MI300: 64 KiB of local memory
 _CDNA = [Tile(rows=128, columns=128, depth=128, warps=8, stages=2, resident=1), Tile(rows=64, columns=64, warps=4, stages=2, resident=2)]
 
-# The sums of gate and up columns double the registers of an activation tile. The activation's backward keeps one
-# partial dot product per tile of columns, so all its tiles have the same number of columns.
+# The sums of gate and up columns double the registers of an activation tile.
 TILES: dict[str, dict[str, list[Tile]]] = {
     "plain": {
         "sm_100": [_WIDE, _PAIR, _SQUARE],
@@ -84,11 +83,11 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         "interpreter": _TINY,
     },
     "activation_backward": {
-        "sm_100": [_SQUARE],
-        "sm_90": [_FEW_ROWS, _SQUARE],  # most of its traffic is in the epilogue, which the other resident program hides
+        "sm_100": [_WIDE, _SQUARE],
+        "sm_90": [_WIDE, _SQUARE, _FEW_ROWS],
         "sm_80": [_AMPERE[0], _AMPERE[2]],
         "gfx942": [Tile(rows=128, columns=128, stages=2), Tile(rows=64, columns=128, warps=4, stages=2)],
-        "interpreter": _TINY,
+        "interpreter": [Tile(rows=16, columns=64, depth=64, warps=1, stages=1)],  # two parts
     },
     "outer": {
         "sm_100": [_WIDE, _PAIR, _SQUARE],
@@ -106,7 +105,7 @@ HARD = {
     "sm_90": _SMALL,
     "sm_80": _SMALL,
     "gfx942": Tile(rows=64, columns=64, depth=64, stages=2),
-    "interpreter": _TINY[0],
+    "interpreter": Tile(rows=16, columns=32, depth=64, warps=1, stages=1),
 }
 """Of every kernel: each element has its own address and mask, or each product is three."""
 
