@@ -66,7 +66,7 @@ def work(tokens: int, width: int, hidden: int, experts: int, top_k: int) -> list
     w_in, w_out, logits = 4 * experts * hidden * width, 2 * experts * hidden * width, 4 * tokens * experts
     return [
         Work("router", "forward", 2 * logits + 12 * tokens * top_k),
-        Work("sort", "both launches", 32 * rows),
+        Work("sort", "both launches", 40 * rows),
         Work("activation", "forward", x + w_in + h + a, each, hidden, width, experts, fused=2),
         Work("plain", "forward", a + w_out + y, each, width, hidden, experts),
         Work("segment_sum", "combine", y + x, 0),
