@@ -1,0 +1,231 @@
+"""One MoE layer, forward and backward, by moetrain and by other implementations in the same run.
+
+Each implementation is a worker process in its own environment (peers/worker.py with peers/<name>.py); all read the same saved
+inputs, and one whose results are wrong is not timed. Measured in rounds over all of them, each step right after the layer's bare
+matrix products (the dense limit), which have a process too. Time over that limit is what is reported, wall and processor time.
+
+usage: python scripts/bench/layer.py [--shapes 1024,512,1536,8,2 ...] [--precisions float32 ...] [--routings balanced zipf:1.2]
+       [--systems moetrain grouped_mm ...] [--python transformers=/path/to/python ...] [--rounds 9] [--out FILE.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moetrain.testing.layer_bench import (
+    PRECISIONS,
+    LayerCase,
+    Pair,
+    Seconds,
+    expected_results,
+    interleave,
+    make_inputs,
+    shared_rounds,
+    spread,
+)
+
+OWN = "moetrain"
+SYSTEMS = (OWN, "loop", "grouped_mm", "transformers", "transformers:eager", "torchtitan", "megatron", "deepspeed", "tutel",
+           "scattermoe", "sonicmoe", "megablocks")  # fmt: skip
+SHAPES = ("1024,512,1536,8,2", "2048,512,1024,16,2", "1024,512,256,64,8", "4096,512,256,64,8", "8192,512,512,32,4")
+ALLOCATOR = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+"""Environment variables that change how fast new memory is; workers inherit them."""
+
+HERE = Path(__file__).parent
+
+
+class WorkerProcess:
+    """A worker and the pipes to it. ``failed``: why it is of no more use, or None."""
+
+    def __init__(self, name: str, python: str, device: str, threads: int, log: Path, patience: float) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parents[1])}
+        self.patience = patience
+        self.process = subprocess.Popen(
+            [python, "-P", str(HERE / "peers" / "worker.py"), name, device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            env=environment,
+        )
+        self.about = self.receive()
+        self.failed: str | None = self.about.get("failed")
+
+    def receive(self) -> dict[str, Any]:
+        """The next answer, or ``failed`` with the reason."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], self.patience)[0]:
+            self.process.kill()
+            self.process.wait()
+            self.failed = f"no answer within {self.patience:.0f} s"
+            return {"failed": self.failed}
+        line = self.process.stdout.readline()
+        if not line:
+            self.failed = f"exited with status {self.process.wait()}"
+            return {"failed": self.failed}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send one command and wait for its answer."""
+        if self.failed is not None:
+            return {"failed": self.failed}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        self.process.stdin.flush()
+        return self.receive()
+
+    def run(self) -> Seconds:
+        """One timed step."""
+        answer = self.ask("run")
+        if "failed" in answer:
+            raise RuntimeError(answer["failed"])
+        return Seconds(**answer)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Rows of one case, one for each system."""
+    files = {"inputs": str(folder / "inputs.safetensors"), "expected": str(folder / "expected.safetensors")}
+    inputs = make_inputs(case)
+    save_file(inputs, files["inputs"])
+    save_file({name: t.float().contiguous() for name, t in expected_results(inputs, case).items()}, files["expected"])
+    plain = dataclasses.asdict(case)
+    rows, timed = [], {}
+    for name, worker in workers.items():
+        loaded = worker.ask("load", case=plain, **files)
+        if "failed" not in loaded and loaded.get("error", 0.0) > 1:
+            loaded["failed"] = f"wrong: the error of {loaded['worst']} is {loaded['error']:.3g} times what is allowed"
+        if name not in ("dense", "copy"):
+            rows.append({"system": name, **plain, **worker.about, **loaded})
+        if "failed" not in loaded:
+            timed[name] = worker
+    limit, copy = timed.pop("dense"), timed.pop("copy")
+    for _ in range(options.warmup):
+        for worker in (limit, copy, *timed.values()):
+            worker.run()
+    copies = [copy.run() for _ in range(options.rounds)]
+    pairs = interleave({name: worker.run for name, worker in timed.items()}, limit.run, options.rounds, slow=options.slow)
+    for row in rows:
+        if row["system"] in pairs:
+            row["pairs"] = pairs[row["system"]]
+            row["limit_seconds"] = statistics.median(pair.limit.wall for pair in row["pairs"])
+            row["copy_limit_seconds"] = statistics.median(seconds.wall for seconds in copies)
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One table; ratios are medians (minimum-maximum) over the rounds."""
+    lines = [
+        "| T, D, F, E, K | precision | routing | system | CPU time / limit | wall time / limit | CPU time / moetrain's | peak MB | limit ms | copies / limit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[field.name] for field in dataclasses.fields(LayerCase))
+
+    own = {case_of(row): row.get("pairs") for row in rows if row["system"] == OWN}
+    for row in rows:
+        shape = ", ".join(str(row[name]) for name in ("tokens", "hidden", "width", "experts", "top_k"))
+        label = f"{row['system']} {row['version']}" if row.get("version") else row["system"]
+        start = f"| {shape} | {row['precision']} | {row['routing']} | {label} |"
+        if "pairs" not in row:
+            lines.append(f"{start} {row['failed']} | | | | | |")
+            continue
+        pairs: list[Pair] = row["pairs"]
+        ours = own.get(case_of(row))
+        against = spread([a.own.cpu / b.own.cpu for a, b in shared_rounds(pairs, ours)]) if ours else ""
+        lines.append(
+            f"{start} {spread([pair.cpu for pair in pairs])} | {spread([pair.wall for pair in pairs])} | {against} | "
+            f"{row['peak_bytes'] / 1e6:.0f} | {1e3 * row['limit_seconds']:.0f} | {row['copy_limit_seconds'] / row['limit_seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def describe(options: argparse.Namespace) -> str:
+    """Machine and setting."""
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    allocator = ", ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ) or "default"
+    load = os.getloadavg()[0]
+    return (
+        f"Forward and backward of one MoE layer on {device}, {options.threads} threads, allocator settings: {allocator}; {options.rounds} "
+        f"interleaved rounds after {options.warmup} warm-up steps, load average at the end {load:.1f}. Medians (minimum-maximum) of ratios "
+        f"within a round. A system slower than {options.slow:g} times the limit is measured in three rounds. Peak: memory handed out by "
+        "torch's allocator during a step, above weights and inputs, gradients included; scratch memory of the matrix library is not."
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,D,F,E,K")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--routings", nargs="+", default=("balanced", "zipf:1.2"))
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, help="adapters in peers/, NAME or NAME:VARIANT")
+    parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH", help="interpreters of systems; default: this one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--slow", type=float, default=3.0)
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for one answer of a worker")
+    parser.add_argument("--out", type=Path, help="JSON lines; the table goes beside it as .md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure all cases, print and write."""
+    options = parse()
+    pythons = dict(entry.split("=", 1) for entry in options.python)
+    rows: list[dict[str, Any]] = []
+    workers: dict[str, WorkerProcess] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in ("dense", "copy", *options.systems):
+                python = pythons.get(name.partition(":")[0], sys.executable)
+                log = Path(folder) / f"{name}.log"
+                workers[name] = WorkerProcess(name, python, options.device, options.threads, log, options.patience)
+            for shape in options.shapes:
+                for precision in options.precisions:
+                    for routing in options.routings:
+                        case = LayerCase(*map(int, shape.split(",")), precision=precision, routing=routing)
+                        rows += measure(case, workers, options, Path(folder))
+                        print(markdown(rows[-len(options.systems) :]).split("\n", 2)[-1], flush=True)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    text = f"{describe(options)}\n\n{markdown(rows)}\n"
+    print(f"\n{text}")
+    if options.out is not None:
+        setup = {"machine": platform.machine(), "cores": os.cpu_count(), "device": options.device}
+        setup |= {"allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ}}
+        options.out.write_text("".join(json.dumps({**row, **setup}) + "\n" for row in rows), encoding="utf-8")
+        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""torchtitan's MoE without parallelism. Its experts always compute in bfloat16; with float32 masters its router is float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+from moetrain.testing.layer_bench import AutogradLayer, LayerCase, Unsupported
+
+PACKAGE = "torchtitan"
+
+
+class Block(nn.Module):
+    """Tokens as one sequence."""
+
+    def __init__(self, case: LayerCase, inputs: dict[str, Tensor]) -> None:
+        super().__init__()
+        experts = GroupedExperts.Config(dim=case.hidden, hidden_dim=case.width, num_experts=case.experts)
+        dispatcher = LocalTokenDispatcher.Config(num_experts=case.experts, top_k=case.top_k)
+        config = MoE.Config(
+            num_experts=case.experts,
+            routed_experts=RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher),
+            router=TokenChoiceTopKRouter.Config(
+                num_experts=case.experts,
+                gate=Linear.Config(in_features=case.hidden, out_features=case.experts),
+                top_k=case.top_k,
+                score_func="softmax",
+                route_norm=True,
+            ),
+            load_balance_coeff=None,
+        )
+        with inputs["x"].device:
+            self.moe = config.build().to(case.weight_dtype)
+        self.moe.tokens_per_expert_E.zero_()
+        self.experts = self.moe.routed_experts.inner_experts
+        with torch.no_grad():
+            self.moe.router.gate.weight.copy_(inputs["router"])
+            self.experts.w1_EFD.copy_(inputs["gate"])
+            self.experts.w3_EFD.copy_(inputs["up"])
+            self.experts.w2_EDF.copy_(inputs["down"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x[None])[0]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the parameters."""
+        experts = self.experts
+        return {
+            "router": self.moe.router.gate.weight.grad,
+            "gate": experts.w1_EFD.grad,
+            "up": experts.w3_EFD.grad,
+            "down": experts.w2_EDF.grad,
+        }
+
+
+def build(case: LayerCase, inputs: dict[str, Tensor], variant: str) -> AutogradLayer:
+    """No variants."""
+    if case.precision == "float32":
+        raise Unsupported("computes in bfloat16")
+    module = Block(case, inputs)
+    return AutogradLayer(module, inputs["x"].to(case.weight_dtype), inputs["dy"].to(case.weight_dtype), module.gradients)
