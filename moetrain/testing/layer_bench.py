@@ -218,10 +218,15 @@ class OwnLayer(nn.Module):
         )
         with inputs["x"].device:
             self.moe = parts.build(case.hidden, dtype=case.weight_dtype)
+        router, w_in, w_out = self.weights()
         with torch.no_grad():
-            self.moe.router.weight.copy_(inputs["router"])
-            self.moe.experts.w_in.copy_(torch.cat([inputs["gate"], inputs["up"]], dim=1))
-            self.moe.experts.w_out.copy_(inputs["down"])
+            router.copy_(inputs["router"])
+            w_in.copy_(torch.cat([inputs["gate"], inputs["up"]], dim=1))
+            w_out.copy_(inputs["down"])
+
+    def weights(self) -> list[nn.Parameter]:
+        """Router [E, D], gate above up [E, 2F, D], down [E, D, F]."""
+        return [self.moe.get_parameter(name) for name in ("router.weight", "experts.w_in", "experts.w_out")]
 
     def forward(self, x: Tensor) -> Tensor:
         from moetrain.moe.context import ForwardContext
@@ -230,8 +235,10 @@ class OwnLayer(nn.Module):
 
     def gradients(self) -> dict[str, Tensor]:
         """Weight gradients by their names in RESULTS."""
-        gate, up = self.moe.experts.w_in.grad.chunk(2, dim=1)
-        return {"router": self.moe.router.weight.grad, "gate": gate, "up": up, "down": self.moe.experts.w_out.grad}
+        router, w_in, w_out = (weight.grad for weight in self.weights())
+        assert router is not None and w_in is not None and w_out is not None
+        gate, up = w_in.chunk(2, dim=1)
+        return {"router": router, "gate": gate, "up": up, "down": w_out}
 
     @classmethod
     def ready(cls, case: LayerCase, inputs: Mapping[str, Tensor]) -> AutogradLayer:
@@ -309,6 +316,28 @@ def time_step(step: Callable[[], None], device: torch.device) -> Seconds:
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
+def peak_bytes(layer: Layer, device: torch.device) -> int:
+    """Most bytes that torch's allocator had handed out within a step, above what it had before.
+
+    Gradients and output are among them; scratch memory of the matrix library is not.
+    """
+    layer.prepare()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    from moetrain.testing.memory import allocations  # imports most of the library
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer.step()
+    return allocations(profiler)[0]
+
+
 class Pair(NamedTuple):
     """One round of a system and the dense limit just before it."""
 
@@ -345,9 +374,9 @@ def interleave(
     return pairs
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """``median (minimum-maximum)``"""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    return "{:.{d}f} ({:.{d}f}-{:.{d}f})".format(statistics.median(values), min(values), max(values), d=digits)
 
 
 def shared_rounds(own: Sequence[Pair], other: Sequence[Pair]) -> Iterator[tuple[Pair, Pair]]:

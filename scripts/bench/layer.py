@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
-import math
 import os
 import platform
 import select
@@ -117,7 +117,7 @@ def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argp
     plain = dataclasses.asdict(case)
     rows, timed = [], {}
     for name, worker in workers.items():
-        loaded = worker.ask("load", case=plain, **files)
+        loaded = worker.ask("load", case=plain, warmup=options.warmup, **files)
         if "failed" not in loaded and loaded.get("error", 0.0) > 1:
             loaded["failed"] = f"wrong: the error of {loaded['worst']} is {loaded['error']:.3g} times what is allowed"
         if name not in ("dense", "copy"):
@@ -125,9 +125,6 @@ def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argp
         if "failed" not in loaded:
             timed[name] = worker
     limit, copy = timed.pop("dense"), timed.pop("copy")
-    for _ in range(options.warmup):
-        for worker in (limit, copy, *timed.values()):
-            worker.run()
     copies = [copy.run() for _ in range(options.rounds)]
     pairs = interleave({name: worker.run for name, worker in timed.items()}, limit.run, options.rounds, slow=options.slow)
     for row in rows:
@@ -139,31 +136,37 @@ def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argp
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One table; ratios are medians (minimum-maximum) over the rounds."""
-    lines = [
-        "| T, D, F, E, K | precision | routing | system | CPU time / limit | wall time / limit | CPU time / moetrain's | peak MB | limit ms | copies / limit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """A table, and what is not in it; ratios are medians (minimum-maximum) over the rounds."""
+    header = ["T, D, F, E, K", "precision", "routing", "system", "CPU time / limit", "wall time / limit", "CPU time / moetrain's",
+              "peak MB", "limit ms", "copies / limit"]  # fmt: skip
+    lines = [header, ["---"] * len(header)]
+    failures: dict[tuple[str, str], list[str]] = {}
 
-    def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[field.name] for field in dataclasses.fields(LayerCase))
+    def case_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+        return ", ".join(str(row[name]) for name in ("tokens", "hidden", "width", "experts", "top_k")), row["precision"], row["routing"]
 
     own = {case_of(row): row.get("pairs") for row in rows if row["system"] == OWN}
     for row in rows:
-        shape = ", ".join(str(row[name]) for name in ("tokens", "hidden", "width", "experts", "top_k"))
-        label = f"{row['system']} {row['version']}" if row.get("version") else row["system"]
-        start = f"| {shape} | {row['precision']} | {row['routing']} | {label} |"
         if "pairs" not in row:
-            lines.append(f"{start} {row['failed']} | | | | | |")
+            failures.setdefault((row["system"], row["failed"]), []).append(" ".join(case_of(row)))
             continue
         pairs: list[Pair] = row["pairs"]
         ours = own.get(case_of(row))
         against = spread([a.own.cpu / b.own.cpu for a, b in shared_rounds(pairs, ours)]) if ours else ""
-        lines.append(
-            f"{start} {spread([pair.cpu for pair in pairs])} | {spread([pair.wall for pair in pairs])} | {against} | "
-            f"{row['peak_bytes'] / 1e6:.0f} | {1e3 * row['limit_seconds']:.0f} | {row['copy_limit_seconds'] / row['limit_seconds']:.2f} |"
-        )
-    return "\n".join(lines)
+        lines.append([
+            *case_of(row),
+            f"{row['system']} {row['version'] or ''}".strip(),
+            spread([pair.cpu for pair in pairs]),
+            spread([pair.wall for pair in pairs]),
+            against,
+            f"{row['peak_bytes'] / 1e6:.0f}",
+            f"{1e3 * row['limit_seconds']:.0f}",
+            f"{row['copy_limit_seconds'] / row['limit_seconds']:.2f}",
+        ])  # fmt: skip
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cases = len({case_of(row) for row in rows})
+    missing = [f"- {name}: {why}" + ("" if len(where) == cases else f" ({'; '.join(where)})") for (name, why), where in failures.items()]
+    return "\n".join([table, *(["", "Not measured:", "", *missing] if missing else [])])
 
 
 def describe(options: argparse.Namespace) -> str:
@@ -190,15 +193,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the rounds, after the one whose results are checked")
     parser.add_argument("--slow", type=float, default=3.0)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for one answer of a worker")
     parser.add_argument("--out", type=Path, help="JSON lines; the table goes beside it as .md")
     return parser.parse_args()
 
 
+def write(path: Path, rows: Sequence[Mapping[str, Any]], text: str) -> None:
+    """JSON lines, and the table beside them."""
+    allocator = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    setup = {"machine": platform.machine(), "cores": os.cpu_count(), "allocator": allocator}
+    path.write_text("".join(json.dumps({**row, **setup}) + "\n" for row in rows), encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Measure all cases, print and write."""
+    """Measure all cases, print and write; what is done is written before the next case begins."""
     options = parse()
     pythons = dict(entry.split("=", 1) for entry in options.python)
     rows: list[dict[str, Any]] = []
@@ -209,22 +220,17 @@ def main() -> None:
                 python = pythons.get(name.partition(":")[0], sys.executable)
                 log = Path(folder) / f"{name}.log"
                 workers[name] = WorkerProcess(name, python, options.device, options.threads, log, options.patience)
-            for shape in options.shapes:
-                for precision in options.precisions:
-                    for routing in options.routings:
-                        case = LayerCase(*map(int, shape.split(",")), precision=precision, routing=routing)
-                        rows += measure(case, workers, options, Path(folder))
-                        print(markdown(rows[-len(options.systems) :]).split("\n", 2)[-1], flush=True)
+            for shape, precision, routing in itertools.product(options.shapes, options.precisions, options.routings):
+                case = LayerCase(*map(int, shape.split(",")), precision=precision, routing=routing)
+                rows += measure(case, workers, options, Path(folder))
+                print(markdown(rows[-len(options.systems) :]), flush=True)
+                text = f"{describe(options)}\n\n{markdown(rows)}\n"
+                if options.out is not None:
+                    write(options.out, rows, text)
         finally:
             for worker in workers.values():
                 worker.close()
-    text = f"{describe(options)}\n\n{markdown(rows)}\n"
     print(f"\n{text}")
-    if options.out is not None:
-        setup = {"machine": platform.machine(), "cores": os.cpu_count(), "device": options.device}
-        setup |= {"allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ}}
-        options.out.write_text("".join(json.dumps({**row, **setup}) + "\n" for row in rows), encoding="utf-8")
-        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,13 +35,21 @@ class Block(nn.Module):
         moe = MoE(case.hidden, SwiGLU(case), case.experts, k=case.top_k, drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False)
         moe.set_deepspeed_parallelism()
         self.moe = moe.to(inputs["x"].device, case.weight_dtype)
-        self.router = moe.deepspeed_moe.gate.wg
-        self.experts = moe.deepspeed_moe.experts.deepspeed_experts
         with torch.no_grad():
             self.router.weight.copy_(inputs["router"])
             for name in ("gate", "up", "down"):
                 for expert, weight in zip(self.experts, inputs[name], strict=True):
                     getattr(expert, name).weight.copy_(weight)
+
+    @property
+    def router(self) -> nn.Linear:
+        """Its weights are [E, D]."""
+        return self.moe.deepspeed_moe.gate.wg
+
+    @property
+    def experts(self) -> nn.ModuleList:
+        """Of this rank."""
+        return self.moe.deepspeed_moe.experts.deepspeed_experts
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(x)[0]

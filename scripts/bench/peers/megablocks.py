@@ -36,21 +36,21 @@ class Block(nn.Module):
             device=inputs["x"].device,
         )
         self.moe = dMoE(arguments)
-        self.mlp = self.moe.experts.mlp
-        self.weights = {"gate": self.mlp.w1, "up": self.mlp.v1, "down": self.mlp.w2}
         self.num_experts = case.experts
+        mlp = self.moe.experts.mlp
         with torch.no_grad():
             self.moe.router.layer.weight.copy_(inputs["router"])
-            self.mlp.w1.copy_(inputs["gate"].flatten(0, 1))
-            self.mlp.v1.copy_(inputs["up"].flatten(0, 1))
-            self.mlp.w2.copy_(inputs["down"].transpose(1, 2).flatten(0, 1))
+            mlp.w1.copy_(inputs["gate"].flatten(0, 1))
+            mlp.v1.copy_(inputs["up"].flatten(0, 1))
+            mlp.w2.copy_(inputs["down"].transpose(1, 2).flatten(0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(x[None])[0]
 
     def gradients(self) -> dict[str, Tensor]:
         """By expert."""
-        gate, up, down = (parameter.grad.unflatten(0, (self.num_experts, -1)) for parameter in self.weights.values())
+        mlp = self.moe.experts.mlp
+        gate, up, down = (parameter.grad.unflatten(0, (self.num_experts, -1)) for parameter in (mlp.w1, mlp.v1, mlp.w2))
         return {"router": self.moe.router.layer.weight.grad, "gate": gate, "up": up, "down": down.transpose(1, 2)}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -19,9 +21,32 @@ from moetrain.testing.layer_bench import AutogradLayer, LayerCase
 PACKAGE = "megatron-core"
 
 
+class NoStream:
+    """In place of a stream and of its event where everything happens in order."""
+
+    def record_event(self) -> NoStream:
+        """Itself."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
+
+def stand_in_for_cuda() -> None:
+    """Megatron asks for the GPU and for a stream for copies to the host wherever it runs; on a CPU it gets these."""
+    stream = NoStream()
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = lambda: stream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda: stream  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment, return-value]
+    moe_utils.te_general_gemm = None  # 0.16 asks for it without Transformer Engine too
+
+
 def join_groups(device: torch.device) -> None:
     """The process groups of one rank."""
     if not dist.is_initialized():
+        if device.type == "cpu":
+            stand_in_for_cuda()
         store = dist.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
@@ -55,12 +80,16 @@ class Block(nn.Module):
         )
         self.moe = build_module(get_moe_module_spec(use_te=False, num_experts=case.experts), config).to(device, case.weight_dtype)
         self.moe.set_layer_number(1)
-        self.experts = self.moe.experts.local_experts
         with torch.no_grad():
             self.moe.router.weight.copy_(inputs["router"])
             for expert, gate, up, down in zip(self.experts, inputs["gate"], inputs["up"], inputs["down"], strict=True):
                 expert.linear_fc1.weight.copy_(torch.cat([gate, up]))
                 expert.linear_fc2.weight.copy_(down)
+
+    @property
+    def experts(self) -> nn.ModuleList:
+        """Of this rank."""
+        return self.moe.experts.local_experts
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(x[:, None])[0][:, 0]

@@ -35,12 +35,16 @@ class Block(nn.Module):
         with inputs["x"].device:
             self.moe = config.build().to(case.weight_dtype)
         self.moe.tokens_per_expert_E.zero_()
-        self.experts = self.moe.routed_experts.inner_experts
         with torch.no_grad():
             self.moe.router.gate.weight.copy_(inputs["router"])
             self.experts.w1_EFD.copy_(inputs["gate"])
             self.experts.w3_EFD.copy_(inputs["up"])
             self.experts.w2_EDF.copy_(inputs["down"])
+
+    @property
+    def experts(self) -> GroupedExperts:
+        """Stacked weights."""
+        return self.moe.routed_experts.inner_experts
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(x[None])[0]

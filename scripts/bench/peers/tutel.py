@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tutel import moe as tutel_moe
-from tutel import system
+from tutel import net, system
 
 from moetrain.testing.layer_bench import AutogradLayer, LayerCase
 
@@ -19,9 +18,13 @@ class Block(nn.Module):
     def __init__(self, case: LayerCase, inputs: dict[str, Tensor]) -> None:
         super().__init__()
         self.moe = tutel_moe.moe_layer(
-            gate_type={"type": "top", "k": case.top_k, "fp32_gate": case.precision != "bfloat16", "capacity_factor": 0},
+            gate_type={"type": "top", "k": case.top_k, "capacity_factor": 0},
             model_dim=case.hidden,
-            experts={"type": "llama_ffn", "num_experts_per_device": case.experts // dist.get_world_size()},
+            experts={
+                "type": "llama_ffn",
+                "num_experts_per_device": case.experts // net.get_world_size(),
+                "hidden_size_per_expert": case.width,
+            },
         ).to(inputs["x"].device, case.weight_dtype)
         self.shape = (-1, case.hidden, case.width)
         experts = self.moe.experts
@@ -44,7 +47,6 @@ class Block(nn.Module):
 
 def build(case: LayerCase, inputs: dict[str, Tensor], variant: str) -> AutogradLayer:
     """No variants."""
-    if not dist.is_initialized():
-        system.init_data_model_parallel(backend="nccl" if inputs["x"].is_cuda else "gloo")
+    system.init_data_model_parallel(backend="nccl" if inputs["x"].is_cuda else "gloo")
     module = Block(case, inputs)
     return AutogradLayer(module, inputs["x"], inputs["dy"], module.gradients, low_precision=case.precision == "mixed")

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from moetrain.testing.layer_bench import (
     CopyLimit,
     DenseLimit,
-    Layer,
     LayerCase,
     Unsupported,
     cast_inputs,
+    peak_bytes,
     time_step,
     worst_error,
 )
@@ -42,25 +42,6 @@ def load_adapter(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def peak_bytes(layer: Layer, device: torch.device) -> int:
-    """Most bytes that torch's allocator had handed out within a step, above what it had before."""
-    layer.prepare()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        layer.step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    from moetrain.testing.memory import allocations
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        layer.step()
-    return allocations(profiler)[0]
 
 
 class Worker:
@@ -79,22 +60,29 @@ class Worker:
         threads = torch.get_num_threads()
         return {"version": version, "torch": torch.__version__, "python": platform.python_version(), "threads": threads}
 
-    def load(self, case: dict[str, Any], inputs: str, expected: str) -> dict[str, Any]:
-        """Build the case and check its results; the error is in units of what the precision allows."""
+    def load(self, case: dict[str, Any], inputs: str, expected: str, warmup: int) -> dict[str, Any]:
+        """Build the case, check its results, warm up; the error is in units of what the precision allows."""
         self.layer = None
         gc.collect()
         layer_case = LayerCase(**case)
+        result: dict[str, Any] = {}
         if self.adapter is None:
             self.layer = LIMITS[self.kind](layer_case, self.device)
-            return {}
+        else:
+            result = self.build(layer_case, inputs, expected)
+        for _ in range(warmup):
+            self.run()
+        gc.collect()
+        gc.freeze()  # what was imported needs no search for garbage within a measurement
+        return result
+
+    def build(self, layer_case: LayerCase, inputs: str, expected: str) -> dict[str, Any]:
+        """Error and peak memory of the first steps."""
         self.layer = self.adapter.build(layer_case, cast_inputs(load_file(inputs), layer_case, self.device), self.variant)
         self.layer.prepare()
         self.layer.step()
         error, tensor = worst_error(self.layer.results(), load_file(expected), layer_case)
-        peak = peak_bytes(self.layer, self.device)
-        gc.collect()
-        gc.freeze()  # what was imported needs no search for garbage within a measurement
-        return {"error": error, "worst": tensor, "peak_bytes": peak}
+        return {"error": error, "worst": tensor, "peak_bytes": peak_bytes(self.layer, self.device)}
 
     def run(self) -> dict[str, float]:
         """One step."""
