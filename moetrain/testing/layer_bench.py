@@ -88,6 +88,7 @@ def make_inputs(case: LayerCase) -> dict[str, Tensor]:
     """x, dy [T, D], router [E, D], gate, up [E, F, D], down [E, D, F], all bfloat16: every precision gets the same numbers.
 
     The first E features of x say which experts the token wants, and the router reads little else: no rounding changes a choice.
+    Raises AssertionError if the router chooses otherwise.
     """
     tokens, hidden, width, experts, _ = case.shape
     generator = torch.Generator().manual_seed(case.seed + 1)
@@ -101,6 +102,8 @@ def make_inputs(case: LayerCase) -> dict[str, Tensor]:
     x[:, :experts] = wish.where(torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, chosen, True), -wish)
     router = normal(experts, hidden, std=0.005)
     router[:, :experts] += 2 * torch.eye(experts, dtype=torch.bfloat16)
+    logits = x.float() @ router.float().t()
+    assert torch.equal(logits.topk(case.top_k, dim=1).indices.sort(1).values, chosen.sort(1).values)
     return {
         "x": x,
         "dy": normal(tokens, hidden),
@@ -116,12 +119,11 @@ def cast_inputs(inputs: Mapping[str, Tensor], case: LayerCase, device: torch.dev
     return {name: t.to(device, case.dtype if name in ("x", "dy") else case.weight_dtype) for name, t in inputs.items()}
 
 
-def expected_results(inputs: Mapping[str, Tensor], case: LayerCase) -> dict[str, Tensor]:
-    """RESULTS in float64, expert by expert; raises AssertionError if the router does not choose what the case says."""
+def expected_results(inputs: Mapping[str, Tensor], top_k: int) -> dict[str, Tensor]:
+    """RESULTS in float64, expert by expert."""
     leaves = {name: t.double().requires_grad_() for name, t in inputs.items()}
     probabilities = torch.softmax(leaves["x"] @ leaves["router"].t(), dim=1)
-    weight, chosen = probabilities.topk(case.top_k, dim=1)
-    assert torch.equal(chosen.sort(1).values.cpu(), choose_experts(case).sort(1).values)
+    weight, chosen = probabilities.topk(top_k, dim=1)
     weight = weight / weight.sum(1, keepdim=True)
     y = torch.zeros_like(leaves["x"])
     for expert, (gate, up, down) in enumerate(zip(*(leaves[name].unbind(0) for name in ("gate", "up", "down")), strict=True)):
@@ -130,6 +132,11 @@ def expected_results(inputs: Mapping[str, Tensor], case: LayerCase) -> dict[str,
         y = y.index_add(0, token, weight[token, choice, None] * ((F.silu(rows @ gate.t()) * (rows @ up.t())) @ down.t()))
     gradients = torch.autograd.grad(y, [leaves[name] for name in RESULTS[1:]], leaves["dy"].detach())
     return {"y": y.detach(), **dict(zip(RESULTS[1:], gradients, strict=True))}
+
+
+def rank_share(tensors: Mapping[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """What one rank of expert parallelism has of inputs or results: its run of tokens, its run of experts, the whole router."""
+    return {name: t if name == "router" else t.chunk(ranks)[rank] for name, t in tensors.items()}
 
 
 def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], case: LayerCase) -> tuple[float, str]:
@@ -203,7 +210,8 @@ class AutogradLayer:
 
 
 class OwnLayer(nn.Module):
-    """moetrain's MoE layer as models use it in training. Inputs: as :func:`cast_inputs` gives them."""
+    """moetrain's MoE layer as models use it in training. Inputs: as :func:`cast_inputs` gives them; if they have some of the experts
+    only, the layer is one rank's under expert parallelism over the default process group."""
 
     def __init__(self, case: LayerCase, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -218,11 +226,28 @@ class OwnLayer(nn.Module):
         )
         with inputs["x"].device:
             self.moe = parts.build(case.hidden, dtype=case.weight_dtype)
+        if len(inputs["gate"]) < case.experts:
+            self.spread(case, inputs["x"].device)
         router, w_in, w_out = self.weights()
         with torch.no_grad():
             router.copy_(inputs["router"])
             w_in.copy_(torch.cat([inputs["gate"], inputs["up"]], dim=1))
             w_out.copy_(inputs["down"])
+
+    def spread(self, case: LayerCase, device: torch.device) -> None:
+        """Leave this rank its experts; tokens travel."""
+        from moetrain.parallel.executor import PlacedExecutor
+        from moetrain.parallel.parallelize import connect
+        from moetrain.parallel.placement.dispatch import split_even
+        from moetrain.parallel.placement.planners import even_sharding
+        from moetrain.parallel.ranks import Ranks
+        from moetrain.registry import lookup
+
+        ranks = Ranks.detect()
+        links = connect(lookup("parallel", "ep")().resolve(ranks.world_size), ranks, device)
+        owner = even_sharding(case.experts, ranks.world_size)
+        self.moe.experts.hold([expert for expert in range(case.experts) if owner[expert] == ranks.rank])
+        self.moe.executor = PlacedExecutor(owner, links, device, dtype=case.dtype, split=split_even)
 
     def weights(self) -> list[nn.Parameter]:
         """Router [E, D], gate above up [E, 2F, D], down [E, D, F]."""
@@ -248,12 +273,12 @@ class OwnLayer(nn.Module):
 
 
 class DenseLimit:
-    """The layer's matrix products and nothing else: for each expert three forward and six backward, on R / E rows each, into memory
-    that is reused. Rows and weights of a product are as long as the layer's own."""
+    """The layer's matrix products and nothing else: for each expert three forward and six backward, on equally many rows, into
+    memory that is reused. ranks: its share of the experts, with R rows all the same, is one rank's of expert parallelism."""
 
-    def __init__(self, case: LayerCase, device: torch.device) -> None:
+    def __init__(self, case: LayerCase, device: torch.device, ranks: int = 1) -> None:
         tokens, hidden, width, experts, top_k = case.shape
-        rows = tokens * top_k
+        rows, experts = tokens * top_k, experts // ranks
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=case.dtype, device=device)

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,15 @@ HERE = Path(__file__).parent
 
 
 class WorkerProcess:
-    """A worker and the pipes to it. ``failed``: why it is of no more use, or None."""
+    """A worker and the pipes to it. failed: why it is of no more use, or None."""
 
-    def __init__(self, name: str, python: str, device: str, threads: int, log: Path, patience: float) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parents[1])}
-        self.patience = patience
+    failed: str | None
+
+    def __init__(
+        self, name: str, python: str, device: str, threads: int, log: Path, patience: float, variables: Mapping[str, str] | None = None
+    ) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parents[1]), **(variables or {})}
+        self.patience, self.failed = patience, None
         self.process = subprocess.Popen(
             [python, "-P", str(HERE / "peers" / "worker.py"), name, device],
             stdin=subprocess.PIPE,
@@ -64,10 +68,12 @@ class WorkerProcess:
             env=environment,
         )
         self.about = self.receive()
-        self.failed: str | None = self.about.get("failed")
+        self.failed = self.about.get("failed")
 
     def receive(self) -> dict[str, Any]:
         """The next answer, or ``failed`` with the reason."""
+        if self.failed is not None:
+            return {"failed": self.failed}
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], self.patience)[0]:
             self.process.kill()
@@ -81,13 +87,16 @@ class WorkerProcess:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def send(self, do: str, **arguments: Any) -> None:
+        """One command, unless the worker has failed."""
+        if self.failed is None:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            self.process.stdin.flush()
+
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one command and wait for its answer."""
-        if self.failed is not None:
-            return {"failed": self.failed}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-        self.process.stdin.flush()
+        self.send(do, **arguments)
         return self.receive()
 
     def run(self) -> Seconds:
@@ -95,12 +104,16 @@ class WorkerProcess:
         answer = self.ask("run")
         if "failed" in answer:
             raise RuntimeError(answer["failed"])
-        return Seconds(**answer)
+        return Seconds(answer["wall"], answer["cpu"])
+
+    def hang_up(self) -> None:
+        """No more commands; the process ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.hang_up()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -113,7 +126,7 @@ def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argp
     files = {"inputs": str(folder / "inputs.safetensors"), "expected": str(folder / "expected.safetensors")}
     inputs = make_inputs(case)
     save_file(inputs, files["inputs"])
-    save_file({name: t.float().contiguous() for name, t in expected_results(inputs, case).items()}, files["expected"])
+    save_file({name: t.float().contiguous() for name, t in expected_results(inputs, case.top_k).items()}, files["expected"])
     plain = dataclasses.asdict(case)
     rows, timed = [], {}
     for name, worker in workers.items():
@@ -135,38 +148,49 @@ def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argp
     return rows
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table, and what is not in it; ratios are medians (minimum-maximum) over the rounds."""
-    header = ["T, D, F, E, K", "precision", "routing", "system", "CPU time / limit", "wall time / limit", "CPU time / moetrain's",
-              "peak MB", "limit ms", "copies / limit"]  # fmt: skip
+def table(
+    header: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    case_of: Callable[[Mapping[str, Any]], Sequence[str]],
+    cells: Callable[[Mapping[str, Any]], Sequence[str]],
+) -> str:
+    """Markdown of the rows that were measured: case, system, cells; then a list of those that were not."""
     lines = [header, ["---"] * len(header)]
     failures: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "pairs" in row:
+            lines.append([*case_of(row), f"{row['system']} {row['version'] or ''}".strip(), *cells(row)])
+        else:
+            failures.setdefault((row["system"], row["failed"]), []).append(" ".join(case_of(row)))
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cases = len({tuple(case_of(row)) for row in rows})
+    missing = [f"- {name}: {why}" + ("" if len(where) == cases else f" ({'; '.join(where)})") for (name, why), where in failures.items()]
+    return "\n".join([text, *(["", "Not measured:", "", *missing] if missing else [])])
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table; ratios are medians (minimum-maximum) over the rounds."""
+    header = ["T, D, F, E, K", "precision", "routing", "system", "CPU time / limit", "wall time / limit", "CPU time / moetrain's",
+              "peak MB", "limit ms", "copies / limit"]  # fmt: skip
 
     def case_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
         return ", ".join(str(row[name]) for name in ("tokens", "hidden", "width", "experts", "top_k")), row["precision"], row["routing"]
 
     own = {case_of(row): row.get("pairs") for row in rows if row["system"] == OWN}
-    for row in rows:
-        if "pairs" not in row:
-            failures.setdefault((row["system"], row["failed"]), []).append(" ".join(case_of(row)))
-            continue
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
         pairs: list[Pair] = row["pairs"]
         ours = own.get(case_of(row))
-        against = spread([a.own.cpu / b.own.cpu for a, b in shared_rounds(pairs, ours)]) if ours else ""
-        lines.append([
-            *case_of(row),
-            f"{row['system']} {row['version'] or ''}".strip(),
+        return [
             spread([pair.cpu for pair in pairs]),
             spread([pair.wall for pair in pairs]),
-            against,
+            spread([a.own.cpu / b.own.cpu for a, b in shared_rounds(pairs, ours)]) if ours else "",
             f"{row['peak_bytes'] / 1e6:.0f}",
             f"{1e3 * row['limit_seconds']:.0f}",
             f"{row['copy_limit_seconds'] / row['limit_seconds']:.2f}",
-        ])  # fmt: skip
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    cases = len({case_of(row) for row in rows})
-    missing = [f"- {name}: {why}" + ("" if len(where) == cases else f" ({'; '.join(where)})") for (name, why), where in failures.items()]
-    return "\n".join([table, *(["", "Not measured:", "", *missing] if missing else [])])
+        ]
+
+    return table(header, rows, case_of, cells)
 
 
 def describe(options: argparse.Namespace) -> str:
@@ -182,13 +206,12 @@ def describe(options: argparse.Namespace) -> str:
     )
 
 
-def parse() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,D,F,E,K")
+def add_arguments(parser: argparse.ArgumentParser, *, shapes: Sequence[str], systems: Sequence[str]) -> None:
+    """What this benchmark and ep_layer.py are told."""
+    parser.add_argument("--shapes", nargs="+", default=shapes, metavar="T,D,F,E,K")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--routings", nargs="+", default=("balanced", "zipf:1.2"))
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, help="adapters in peers/, NAME or NAME:VARIANT")
+    parser.add_argument("--systems", nargs="+", default=systems, help="adapters in peers/, NAME or NAME:VARIANT")
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH", help="interpreters of systems; default: this one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -197,7 +220,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slow", type=float, default=3.0)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds to wait for one answer of a worker")
     parser.add_argument("--out", type=Path, help="JSON lines; the table goes beside it as .md")
-    return parser.parse_args()
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], text: str) -> None:
@@ -210,7 +232,9 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]], text: str) -> None:
 
 def main() -> None:
     """Measure all cases, print and write; what is done is written before the next case begins."""
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, shapes=SHAPES, systems=SYSTEMS)
+    options = parser.parse_args()
     pythons = dict(entry.split("=", 1) for entry in options.python)
     rows: list[dict[str, Any]] = []
     workers: dict[str, WorkerProcess] = {}
@@ -223,8 +247,8 @@ def main() -> None:
             for shape, precision, routing in itertools.product(options.shapes, options.precisions, options.routings):
                 case = LayerCase(*map(int, shape.split(",")), precision=precision, routing=routing)
                 rows += measure(case, workers, options, Path(folder))
-                print(markdown(rows[-len(options.systems) :]), flush=True)
-                text = f"{describe(options)}\n\n{markdown(rows)}\n"
+                print(report(rows[-len(options.systems) :]), flush=True)
+                text = f"{describe(options)}\n\n{report(rows)}\n"
                 if options.out is not None:
                     write(options.out, rows, text)
         finally:

@@ -32,7 +32,17 @@ class Block(nn.Module):
 
     def __init__(self, case: LayerCase, inputs: dict[str, Tensor]) -> None:
         super().__init__()
-        moe = MoE(case.hidden, SwiGLU(case), case.experts, k=case.top_k, drop_tokens=False, use_rts=False, top2_2nd_expert_sampling=False)
+        ranks = case.experts // len(inputs["gate"])
+        moe = MoE(
+            case.hidden,
+            SwiGLU(case),
+            case.experts,
+            ep_size=ranks,
+            k=case.top_k,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
         moe.set_deepspeed_parallelism()
         self.moe = moe.to(inputs["x"].device, case.weight_dtype)
         with torch.no_grad():
@@ -61,9 +71,10 @@ class Block(nn.Module):
 
 
 def join_group(device: torch.device) -> None:
-    """DeepSpeed's process group of one rank."""
+    """DeepSpeed's process group, of one rank if the environment has no more."""
     if not deepspeed.comm.is_initialized():
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update({**alone, **os.environ})
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -41,15 +42,22 @@ def stand_in_for_cuda() -> None:
     torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment, return-value]
     moe_utils.te_general_gemm = None  # 0.16 asks for it without Transformer Engine too
 
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-def join_groups(device: torch.device) -> None:
-    """The process groups of one rank."""
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host  # leaves tensors that are there as they are, which torch's all-to-all refuses
+
+
+def join_groups(device: torch.device, ranks: int) -> None:
+    """All ranks share the experts; the default process group is made here if there is only this one."""
+    if parallel_state.model_parallel_is_initialized():
+        return
+    if device.type == "cpu":
+        stand_in_for_cuda()
     if not dist.is_initialized():
-        if device.type == "cpu":
-            stand_in_for_cuda()
         store = dist.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
 
 
 class Block(nn.Module):
@@ -64,6 +72,7 @@ class Block(nn.Module):
             hidden_size=case.hidden,
             ffn_hidden_size=case.width,
             num_moe_experts=case.experts,
+            expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
             moe_ffn_hidden_size=case.width,
             moe_router_topk=case.top_k,
             moe_router_load_balancing_type="none",
@@ -103,6 +112,6 @@ class Block(nn.Module):
 
 def build(case: LayerCase, inputs: dict[str, Tensor], variant: str) -> AutogradLayer:
     """variant: a ``moe_token_dispatcher_type``."""
-    join_groups(inputs["x"].device)
+    join_groups(inputs["x"].device, case.experts // len(inputs["gate"]))
     module = Block(case, inputs, variant or "alltoall")
     return AutogradLayer(module, inputs["x"], inputs["dy"], module.gradients, low_precision=case.precision == "mixed")

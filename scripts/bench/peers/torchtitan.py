@@ -1,12 +1,17 @@
-"""torchtitan's MoE without parallelism. Its experts always compute in bfloat16; with float32 masters its router is float32."""
+"""torchtitan's MoE, on several ranks with its all-to-all dispatcher.
+
+Its experts always compute in bfloat16; with float32 masters its router is float32.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
-from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 
 from moetrain.testing.layer_bench import AutogradLayer, LayerCase, Unsupported
 
@@ -18,8 +23,9 @@ class Block(nn.Module):
 
     def __init__(self, case: LayerCase, inputs: dict[str, Tensor]) -> None:
         super().__init__()
-        experts = GroupedExperts.Config(dim=case.hidden, hidden_dim=case.width, num_experts=case.experts)
-        dispatcher = LocalTokenDispatcher.Config(num_experts=case.experts, top_k=case.top_k)
+        ranks = case.experts // len(inputs["gate"])
+        experts = GroupedExperts.Config(dim=case.hidden, hidden_dim=case.width, num_experts=len(inputs["gate"]))
+        dispatcher = (LocalTokenDispatcher if ranks == 1 else AllToAllTokenDispatcher).Config(num_experts=case.experts, top_k=case.top_k)
         config = MoE.Config(
             num_experts=case.experts,
             routed_experts=RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher),
@@ -35,6 +41,10 @@ class Block(nn.Module):
         with inputs["x"].device:
             self.moe = config.build().to(case.weight_dtype)
         self.moe.tokens_per_expert_E.zero_()
+        if ranks > 1:
+            set_spmd_backend("default")  # the other one, its default, needs the meshes of a whole model
+            mesh = init_device_mesh(inputs["x"].device.type, (ranks,), mesh_dim_names=("ep",))
+            self.moe.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh)
         with torch.no_grad():
             self.moe.router.gate.weight.copy_(inputs["router"])
             self.experts.w1_EFD.copy_(inputs["gate"])

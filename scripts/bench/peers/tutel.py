@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from tutel import moe as tutel_moe
-from tutel import net, system
+from tutel import system
 
 from moetrain.testing.layer_bench import AutogradLayer, LayerCase
 
 PACKAGE = "tutel"
+JOINS_BY_ITSELF = True
 
 
 class Block(nn.Module):
@@ -22,11 +23,11 @@ class Block(nn.Module):
             model_dim=case.hidden,
             experts={
                 "type": "llama_ffn",
-                "num_experts_per_device": case.experts // net.get_world_size(),
+                "num_experts_per_device": len(inputs["gate"]),
                 "hidden_size_per_expert": case.width,
             },
         ).to(inputs["x"].device, case.weight_dtype)
-        self.shape = (-1, case.hidden, case.width)
+        self.shape = (len(inputs["gate"]), case.hidden, case.width)
         experts = self.moe.experts
         self.weights = {"gate": experts.W_fc1, "up": experts.W_fc2, "down": experts.W_fc3}
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""One implementation of the MoE layer in a process of its own, for layer.py: reads commands, one JSON object a line, and answers.
+"""One implementation of the MoE layer in a process of its own, for layer.py and ep_layer.py: reads commands, one JSON object a
+line, and answers. With WORLD_SIZE in the environment it is one rank of expert parallelism.
 
 Needs torch, safetensors and the implementation, in any environment; moetrain is found by PYTHONPATH.
 usage: python -P worker.py ADAPTER[:VARIANT] DEVICE
@@ -19,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from moetrain.testing.layer_bench import (
@@ -28,11 +30,13 @@ from moetrain.testing.layer_bench import (
     Unsupported,
     cast_inputs,
     peak_bytes,
+    rank_share,
     time_step,
     worst_error,
 )
 
-LIMITS = {"dense": DenseLimit, "copy": CopyLimit}
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LIMITS = ("dense", "copy")
 
 
 def load_adapter(name: str) -> ModuleType:
@@ -42,6 +46,12 @@ def load_adapter(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def bytes_written() -> int:
+    """By this process to files and sockets, where Linux says it."""
+    file = Path("/proc/self/io")
+    return int(file.read_text().split("wchar:")[1].split()[0]) if file.exists() else 0
 
 
 class Worker:
@@ -64,10 +74,14 @@ class Worker:
         """Build the case, check its results, warm up; the error is in units of what the precision allows."""
         self.layer = None
         gc.collect()
+        if RANKS > 1 and not dist.is_initialized() and not getattr(self.adapter, "JOINS_BY_ITSELF", False):
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         layer_case = LayerCase(**case)
         result: dict[str, Any] = {}
-        if self.adapter is None:
-            self.layer = LIMITS[self.kind](layer_case, self.device)
+        if self.kind == "dense":
+            self.layer = DenseLimit(layer_case, self.device, RANKS)
+        elif self.kind == "copy":
+            self.layer = CopyLimit(layer_case, self.device)
         else:
             result = self.build(layer_case, inputs, expected)
         for _ in range(warmup):
@@ -78,17 +92,24 @@ class Worker:
 
     def build(self, layer_case: LayerCase, inputs: str, expected: str) -> dict[str, Any]:
         """Error and peak memory of the first steps."""
-        self.layer = self.adapter.build(layer_case, cast_inputs(load_file(inputs), layer_case, self.device), self.variant)
+        own = rank_share(load_file(inputs), RANK, RANKS)
+        self.layer = self.adapter.build(layer_case, cast_inputs(own, layer_case, self.device), self.variant)
         self.layer.prepare()
         self.layer.step()
         error, tensor = worst_error(self.layer.results(), load_file(expected), layer_case)
         return {"error": error, "worst": tensor, "peak_bytes": peak_bytes(self.layer, self.device)}
 
-    def run(self) -> dict[str, float]:
-        """One step."""
+    def run(self) -> dict[str, Any]:
+        """One step, which ranks begin together: seconds, bytes written to the other ranks, and how many the layer itself counted."""
+        take_traffic = getattr(self.adapter, "take_traffic", lambda: None)
         if self.adapter is not None:
             self.layer.prepare()
-        return time_step(self.layer.step, self.device)._asdict()
+            take_traffic()
+        if dist.is_initialized():
+            dist.barrier()
+        before = bytes_written()
+        seconds = time_step(self.layer.step, self.device)
+        return {**seconds._asdict(), "written": bytes_written() - before, "counted": take_traffic()}
 
 
 def answer(worker: Worker, command: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +138,8 @@ def main() -> None:
     if "failed" not in first:
         for line in sys.stdin:
             print(json.dumps(answer(worker, json.loads(line))), file=answers, flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

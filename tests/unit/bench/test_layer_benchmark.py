@@ -69,7 +69,7 @@ def test_a_layer_with_wrong_results_is_reported_and_not_timed(bench, tmp_path):
     assert workers["other"].runs == 0 and "pairs" not in other
     assert other["failed"] == "wrong: the error of gate is 3 times what is allowed"
     assert [pair.wall for pair in own["pairs"]] == [1.5] * 4
-    table = bench.markdown([own, other])
+    table = bench.report([own, other])
     assert "| 1.50 (1.50-1.50) | 1.50 (1.50-1.50) | 1.00 (1.00-1.00) | 0 | 1000 | 0.10 |" in table
     assert table.endswith("- other: wrong: the error of gate is 3 times what is allowed")
 
