@@ -54,6 +54,8 @@ class RankGroup:
             log = folder / f"{name}-{rank}.log"
             variables = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self.workers.append(WorkerProcess(name, python, options.device, options.threads, log, options.patience, variables))
+        for worker in self.workers:
+            worker.greet()
         self.records: list[list[dict[str, Any]]] = []
 
     def ask(self, do: str, arguments: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

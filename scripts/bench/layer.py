@@ -41,8 +41,8 @@ from moetrain.testing.layer_bench import (
 )
 
 OWN = "moetrain"
-SYSTEMS = (OWN, "loop", "grouped_mm", "transformers", "transformers:eager", "torchtitan", "megatron", "deepspeed", "tutel",
-           "scattermoe", "sonicmoe", "megablocks")  # fmt: skip
+SYSTEMS = (OWN, "loop", "grouped_mm", "transformers", "transformers:eager", "torchtitan", "torchtitan:float32", "megatron",
+           "megatron:allgather", "deepspeed", "tutel", "scattermoe", "sonicmoe", "megablocks")  # fmt: skip
 SHAPES = ("1024,512,1536,8,2", "2048,512,1024,16,2", "1024,512,256,64,8", "4096,512,256,64,8", "8192,512,512,32,4")
 ALLOCATOR = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
 """Environment variables that change how fast new memory is; workers inherit them."""
@@ -51,8 +51,9 @@ HERE = Path(__file__).parent
 
 
 class WorkerProcess:
-    """A worker and the pipes to it. failed: why it is of no more use, or None."""
+    """A worker and the pipes to it. about: its versions. failed: why it is of no more use, or None."""
 
+    about: dict[str, Any]
     failed: str | None
 
     def __init__(
@@ -67,8 +68,12 @@ class WorkerProcess:
             stderr=log.open("w"),
             env=environment,
         )
+
+    def greet(self) -> WorkerProcess:
+        """Wait until it is ready, or has failed; itself. Several can start at once."""
         self.about = self.receive()
         self.failed = self.about.get("failed")
+        return self
 
     def receive(self) -> dict[str, Any]:
         """The next answer, or ``failed`` with the reason."""
@@ -126,7 +131,8 @@ def measure(case: LayerCase, workers: Mapping[str, WorkerProcess], options: argp
     files = {"inputs": str(folder / "inputs.safetensors"), "expected": str(folder / "expected.safetensors")}
     inputs = make_inputs(case)
     save_file(inputs, files["inputs"])
-    save_file({name: t.float().contiguous() for name, t in expected_results(inputs, case.top_k).items()}, files["expected"])
+    expected = expected_results({name: t.to(options.device) for name, t in inputs.items()}, case.top_k)
+    save_file({name: t.float().contiguous() for name, t in expected.items()}, files["expected"])
     plain = dataclasses.asdict(case)
     rows, timed = [], {}
     for name, worker in workers.items():
@@ -244,6 +250,8 @@ def main() -> None:
                 python = pythons.get(name.partition(":")[0], sys.executable)
                 log = Path(folder) / f"{name}.log"
                 workers[name] = WorkerProcess(name, python, options.device, options.threads, log, options.patience)
+            for worker in workers.values():
+                worker.greet()
             for shape, precision, routing in itertools.product(options.shapes, options.precisions, options.routings):
                 case = LayerCase(*map(int, shape.split(",")), precision=precision, routing=routing)
                 rows += measure(case, workers, options, Path(folder))

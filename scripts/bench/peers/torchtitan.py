@@ -1,6 +1,7 @@
-"""torchtitan's MoE, on several ranks with its all-to-all dispatcher.
+"""torchtitan's MoE, on several ranks with its all-to-all dispatcher. Its experts always compute in bfloat16.
 
-Its experts always compute in bfloat16; with float32 masters its router is float32.
+Variants for float32 masters: as under FSDP with mixed precision, where the layer sees bfloat16 copies of its parameters and
+bfloat16 rows (default), or ``float32``: float32 rows and router, and the experts cast for themselves.
 """
 
 from __future__ import annotations
@@ -71,8 +72,11 @@ class Block(nn.Module):
 
 
 def build(case: LayerCase, inputs: dict[str, Tensor], variant: str) -> AutogradLayer:
-    """No variants."""
+    """variant: empty or ``float32``."""
     if case.precision == "float32":
         raise Unsupported("computes in bfloat16")
+    if variant and case.precision == "bfloat16":
+        raise Unsupported("a variant for float32 masters")
     module = Block(case, inputs)
-    return AutogradLayer(module, inputs["x"].to(case.weight_dtype), inputs["dy"].to(case.weight_dtype), module.gradients)
+    x, dy = (inputs[name].float() if variant else inputs[name] for name in ("x", "dy"))
+    return AutogradLayer(module, x, dy, module.gradients, low_precision=case.precision == "mixed" and not variant)

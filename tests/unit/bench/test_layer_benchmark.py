@@ -75,7 +75,7 @@ def test_a_layer_with_wrong_results_is_reported_and_not_timed(bench, tmp_path):
 
 
 def test_a_worker_that_dies_is_of_no_more_use_but_breaks_nothing(bench, tmp_path):
-    worker = bench.WorkerProcess("no_such_adapter", sys.executable, "cpu", 1, tmp_path / "log", 60.0)
+    worker = bench.WorkerProcess("no_such_adapter", sys.executable, "cpu", 1, tmp_path / "log", 60.0).greet()
     assert worker.failed == "exited with status 1"
     assert worker.ask("run") == {"failed": "exited with status 1"}
     worker.close()
@@ -83,7 +83,7 @@ def test_a_worker_that_dies_is_of_no_more_use_but_breaks_nothing(bench, tmp_path
 
 
 def test_a_worker_that_does_not_answer_is_ended(bench, tmp_path):
-    worker = bench.WorkerProcess("loop", sys.executable, "cpu", 1, tmp_path / "log", 0.01)
+    worker = bench.WorkerProcess("loop", sys.executable, "cpu", 1, tmp_path / "log", 0.01).greet()
     assert worker.failed == "no answer within 0 s"
     assert worker.process.poll() is not None
     worker.close()
