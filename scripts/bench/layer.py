@@ -11,6 +11,7 @@ usage: python scripts/bench/layer.py [--shapes 1024,512,1536,8,2 ...] [--precisi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -94,10 +95,11 @@ class WorkerProcess:
 
     def send(self, do: str, **arguments: Any) -> None:
         """One command, unless the worker has failed."""
+        assert self.process.stdin is not None
         if self.failed is None:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # receive() says how it ended
+                self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+                self.process.stdin.flush()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one command and wait for its answer."""
@@ -114,7 +116,8 @@ class WorkerProcess:
     def hang_up(self) -> None:
         """No more commands; the process ends."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of a command that a dead worker never read
+            self.process.stdin.close()
 
     def close(self) -> None:
         """End the process."""
@@ -203,13 +206,18 @@ def describe(options: argparse.Namespace) -> str:
     """Machine and setting."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     allocator = ", ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ) or "default"
-    load = os.getloadavg()[0]
     return (
-        f"Forward and backward of one MoE layer on {device}, {options.threads} threads, allocator settings: {allocator}; {options.rounds} "
-        f"interleaved rounds after {options.warmup} warm-up steps, load average at the end {load:.1f}. Medians (minimum-maximum) of ratios "
-        f"within a round. A system slower than {options.slow:g} times the limit is measured in three rounds. Peak: memory handed out by "
-        "torch's allocator during a step, above weights and inputs, gradients included; scratch memory of the matrix library is not."
+        f"Forward and backward of one MoE layer on {device}; threads of a process: {options.threads}; allocator settings: {allocator}; "
+        f"{options.rounds} interleaved rounds after {options.warmup} warm-up steps, load average at the end {os.getloadavg()[0]:.1f}. "
+        "Medians (minimum-maximum) of ratios within a round. A system that takes more than "
+        f"{options.slow:g} times the limit is measured in three rounds."
     )
+
+
+PEAK = (
+    "Peak: memory handed out by torch's allocator during a step, above weights and inputs, gradients included; scratch memory of the "
+    "matrix library is not."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, shapes: Sequence[str], systems: Sequence[str]) -> None:
@@ -256,7 +264,7 @@ def main() -> None:
                 case = LayerCase(*map(int, shape.split(",")), precision=precision, routing=routing)
                 rows += measure(case, workers, options, Path(folder))
                 print(report(rows[-len(options.systems) :]), flush=True)
-                text = f"{describe(options)}\n\n{report(rows)}\n"
+                text = f"{describe(options)} {PEAK}\n\n{report(rows)}\n"
                 if options.out is not None:
                     write(options.out, rows, text)
         finally:

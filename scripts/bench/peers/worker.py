@@ -73,7 +73,10 @@ class Worker:
     def load(self, case: dict[str, Any], inputs: str, expected: str, warmup: int) -> dict[str, Any]:
         """Build the case, check its results, warm up; the error is in units of what the precision allows."""
         self.layer = None
+        gc.unfreeze()
         gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the other workers need it
         if RANKS > 1 and not dist.is_initialized() and not getattr(self.adapter, "JOINS_BY_ITSELF", False):
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         layer_case = LayerCase(**case)
