@@ -263,6 +263,7 @@ def bench_profile(arguments: list[str]) -> int:
 
 def bench_layer(arguments: list[str]) -> int:
     """moetrain bench layer: one layer's time over that of its matrix products."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler, which sees the memory, prints when it starts
     import statistics
 
     from moetrain.launch.bench import LayerSettings, layer
