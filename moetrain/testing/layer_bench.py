@@ -215,8 +215,7 @@ class OwnLayer(nn.Module):
 
     def __init__(self, case: LayerCase, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
-        import moetrain.components  # noqa: F401 - fills the registry
-        from moetrain.moe.layer import MoEParts
+        from moetrain.moe.layer import MoEParts  # its parts register themselves
         from moetrain.registry import lookup
 
         parts = MoEParts(
