@@ -23,6 +23,7 @@ moetrain: trains sparse Mixture-of-Experts models
   moetrain plan run=DIR [settings]  what each expert placement would cost on a described cluster; or with overrides
                                     instead of a run: moetrain plan model=deepseek_moe_16b cluster=h100
   moetrain bench profile            measure this machine's collectives and expert computation for planning
+  moetrain bench layer [settings]   time one MoE layer of any size against its bare matrix products
   moetrain list [GROUP [NAME]]      what can be chosen: routers, losses, models, ...; the settings of one
   moetrain --version
 
@@ -226,7 +227,7 @@ def plan(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """moetrain bench."""
-    benchmarks: dict[str, Callable[[list[str]], int]] = {"profile": bench_profile}
+    benchmarks: dict[str, Callable[[list[str]], int]] = {"profile": bench_profile, "layer": bench_layer}
     name, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
     if name not in benchmarks:
         raise ConfigError(f"moetrain bench {name or ''}: must be one of: {', '.join(benchmarks)}")
@@ -258,6 +259,30 @@ def bench_profile(arguments: list[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 160).print(table, highlight=False)
     print(measured.save())
     return 0
+
+
+def bench_layer(arguments: list[str]) -> int:
+    """moetrain bench layer: one layer's time over that of its matrix products."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler, which sees the memory, prints when it starts
+    import statistics
+
+    from moetrain.launch.bench import LayerSettings, layer
+    from moetrain.testing.layer_bench import spread
+
+    settings = keyword_settings(LayerSettings, arguments)
+    measured = layer(settings)
+    pairs = measured.pairs
+    limit = statistics.median(pair.limit.wall for pair in pairs)
+    flops = 18 * settings.tokens * settings.top_k * settings.hidden * settings.width  # nine products of 2 R D F
+    print(f"layer, forward and backward   {spread([1e3 * pair.own.wall for pair in pairs], 1)} ms")
+    print(f"its matrix products           {spread([1e3 * pair.limit.wall for pair in pairs], 1)} ms, {flops / limit / 1e9:.0f} GFLOP/s")
+    print(f"layer / products, wall time   {spread([pair.wall for pair in pairs])}")
+    print(f"layer / products, CPU time    {spread([pair.cpu for pair in pairs])}")
+    print(f"copy of the rows it moves     {1e3 * measured.copy_seconds:.1f} ms")
+    print(f"peak memory of a step         {measured.peak_bytes / 1e6:.0f} MB above weights and inputs")
+    print(f"largest error                 {measured.error:.2f} of what {settings.precision} is allowed")
+    print(f"medians (minimum-maximum) of {settings.rounds} rounds")
+    return 0 if measured.error <= 1 else 1
 
 
 def list_components(arguments: list[str]) -> int:

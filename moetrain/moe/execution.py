@@ -15,7 +15,7 @@ from torch import Tensor
 from moetrain.moe.context import RouterContext
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
-from moetrain.ops.permute import combine_rows, gather_rows
+from moetrain.ops.permute import Rows, inverse_permutation
 
 
 class Executor(Protocol):
@@ -32,14 +32,13 @@ class Executor(Protocol):
 class Order:
     """Entries of a routing sorted by where their expert is computed.
 
-    entry: [n] int64, the routing's entry of each sorted row. token: [n] int64, its source row. counts: [E] int64 rows
-    per place. place_TK: [T, K] rows of each token in sorted order, if every token has K.
+    entry: [n] int64, the routing's entry of each sorted row. rows: the tokens of these rows. counts: [E] int64 rows per
+    place.
     """
 
     entry: Tensor
-    token: Tensor
+    rows: Rows
     counts: Tensor
-    place_TK: Tensor | None
 
 
 def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
@@ -58,16 +57,15 @@ def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
     narrow = torch.uint8 if complete and experts <= 256 else torch.int32 if not complete or experts > 32767 else torch.int16
     order = key.to(narrow).argsort(stable=True)
     counts = torch.bincount(key + 1, minlength=experts + 1)
-    place_TK = None
-    if complete:
-        if routing.top_k is not None:
-            inverse = torch.empty_like(order)
-            inverse[order] = torch.arange(order.numel(), device=order.device)
-            place_TK = inverse.view(routing.num_tokens, routing.top_k)
-    else:
+    if not complete:
         first, kept = counts[:1].sum(), counts[1 : experts + 1].sum()
         order = order[int(first) : int(first + kept)]
-    return Order(entry=order, token=routing.token[order], counts=counts[1 : experts + 1], place_TK=place_TK)
+    token = routing.token[order]
+    if complete and routing.top_k is not None:
+        rows = Rows(token, inverse_permutation(order), None, routing.num_tokens)
+    else:
+        rows = Rows.of(token, routing.num_tokens)
+    return Order(entry=order, rows=rows, counts=counts[1 : experts + 1])
 
 
 class LocalExecutor:
@@ -78,6 +76,4 @@ class LocalExecutor:
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor:
         order = sort_entries(routing)
-        rows = gather_rows(x, order.token, order.place_TK)
-        y = experts.compute(rows, order.counts, experts.weights())
-        return combine_rows(y, routing.weight[order.entry], order.token, routing.num_tokens, order.place_TK).to(x.dtype)
+        return experts.execute(x, order.rows, routing.weight[order.entry], order.counts, experts.weights())

@@ -1,11 +1,12 @@
 """Moving rows between token order and expert order, with written-out backwards.
 
-Both directions are gathers or segment sums over whole rows: the backward of a gather by ``index`` is a sum per
-token, which ``embedding_bag`` does several times faster on CPU than ``index_add``.
+Both directions are gathers or segment sums over whole rows: the backward of a gather is a sum per token, which
+``embedding_bag`` does several times faster on CPU than ``index_add``, and in float32 inside for narrower rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,54 +14,89 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def gather_rows(x: Tensor, token: Tensor, place_TK: Tensor | None) -> Tensor:
-    """x[token]. x: [T, D]; token: [N] int64; returns [N, D].
+@dataclass(frozen=True)
+class Rows:
+    """N rows, each of which belongs to one of T tokens: the token of each row, and the rows of each token.
 
-    place_TK: [T, K] int64, the K rows of the result that are copies of each token, if every token has K; it
-    makes the backward a dense sum.
+    token: [N] int64. place: [N] int64, the rows of token 0, then those of token 1, and so on. bounds: [T + 1] int64, where
+    each token's run in ``place`` begins and the last one ends; None if every token has N / T rows.
     """
-    return _GatherRows.apply(x, token, place_TK)
+
+    token: Tensor
+    place: Tensor
+    bounds: Tensor | None
+    num_tokens: int
+
+    @staticmethod
+    def of(token: Tensor, num_tokens: int) -> Rows:
+        """Any number of rows per token, also none."""
+        place = token.to(torch.int32).argsort(stable=True)
+        bounds = torch.zeros(num_tokens + 1, dtype=torch.int64, device=token.device)
+        torch.cumsum(torch.bincount(token, minlength=num_tokens), 0, out=bounds[1:])
+        return Rows(token, place, bounds, num_tokens)
+
+    def reordered(self, order: Tensor) -> Rows:
+        """The same rows with row order[n] in place n. order: [N] int64, a permutation."""
+        return replace(self, token=self.token[order], place=inverse_permutation(order)[self.place])
+
+    def inverse(self) -> Rows:
+        """Of a permutation (one row for every token): the way back."""
+        assert self.bounds is None and self.place.numel() == self.num_tokens
+        return Rows(self.place, self.token, None, self.num_tokens)
 
 
-def combine_rows(y: Tensor, weight: Tensor, token: Tensor, num_tokens: int, place_TK: Tensor | None) -> Tensor:
+def inverse_permutation(order: Tensor) -> Tensor:
+    """inverse[order[n]] = n. order: [N] int64."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+def gather_rows(x: Tensor, rows: Rows) -> Tensor:
+    """x[rows.token]. x: [T, D]; returns [N, D]."""
+    return _GatherRows.apply(x, rows)
+
+
+def combine_rows(y: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
     """Weighted sum of the rows of each token: out[t] = sum over n with token[n] = t of weight[n] * y[n].
 
-    y: [N, D]; weight: [N] at least float32; token, place_TK: as for :func:`gather_rows`. The products and the sum
-    have the weights' dtype; returns [T, D] in it.
+    y: [N, D]; weight: [N] at least float32, None for ones. The sum is made in at least float32. Returns [T, D] in y's dtype.
     """
-    return _CombineRows.apply(y.to(weight.dtype), weight, token, num_tokens, place_TK)
+    return _CombineRows.apply(y, weight, rows)
 
 
-def _sum_rows(y: Tensor, token: Tensor, num_tokens: int, place_TK: Tensor | None, weight: Tensor | None = None) -> Tensor:
-    if place_TK is not None and y.dtype in (torch.float32, torch.float64, torch.bfloat16):
-        scale = None if weight is None else weight[place_TK]
-        return F.embedding_bag(place_TK, y, per_sample_weights=scale, mode="sum")
-    rows = y if weight is None else y * weight[:, None]
-    return torch.zeros(num_tokens, y.shape[1], dtype=y.dtype, device=y.device).index_add_(0, token, rows)
+def sum_rows(y: Tensor, rows: Rows) -> Tensor:
+    """The sum of the rows of each token, [N, D] -> [T, D]; without gradient. Narrow dtypes are summed in float32."""
+    if not y.numel():
+        return y.new_zeros(rows.num_tokens, y.shape[1])
+    if rows.bounds is None:
+        return F.embedding_bag(rows.place.view(rows.num_tokens, -1), y, mode="sum")
+    return F.embedding_bag(rows.place, y, rows.bounds, mode="sum", include_last_offset=True)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, place_TK: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(token, place_TK)
-        ctx.num_tokens = x.shape[0]
-        return x.index_select(0, token)
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
+        ctx.rows = rows
+        return x.index_select(0, rows.token)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        token, place_TK = ctx.saved_tensors
-        return _sum_rows(grad.contiguous(), token, ctx.num_tokens, place_TK), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return sum_rows(grad.contiguous(), ctx.rows), None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, token: Tensor, num_tokens: int, place_TK: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(y, weight, token)
-        return _sum_rows(y, token, num_tokens, place_TK, weight)
+    def forward(ctx: Any, y: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(None if weight is None else y, weight)
+        ctx.rows = rows
+        return sum_rows(y if weight is None else (y * weight[:, None]).to(y.dtype), rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        y, weight, token = ctx.saved_tensors
-        rows = grad.index_select(0, token)
-        grad_weight = torch.linalg.vecdot(rows, y)
-        return rows.mul_(weight[:, None]), grad_weight, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        rows = grad.index_select(0, ctx.rows.token)
+        y, weight = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+        if weight is None:
+            return rows, None, None
+        grad_weight = torch.linalg.vecdot(rows.to(weight.dtype), y.to(weight.dtype))
+        return rows.mul_(weight[:, None]), grad_weight, None

@@ -23,7 +23,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.execution import sort_entries
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
-from moetrain.ops.permute import combine_rows, gather_rows
+from moetrain.ops.permute import Rows, combine_rows, gather_rows, inverse_permutation
 from moetrain.parallel.collectives import Exchange, Peers, gather_counts
 from moetrain.parallel.node_dispatch import NodePlan, plan_nodes, through_nodes
 from moetrain.parallel.placement.cost import Transport
@@ -65,14 +65,12 @@ class Chunk:
 class Dispatch:
     """The discrete side of one execution: everything that a recomputed pass must find unchanged.
 
-    entry, token: [n] int64, the routing's entry and source row of each row in sending order; place_TK: their inverse
-    if every token has K. copied: plans of the copies that are needed, by the time at which they start to travel.
-    nodes: indices of a dispatch in two hops, instead of chunks.
+    entry: [n] int64, the routing's entry of each row in sending order. rows: their tokens. copied: plans of the copies
+    that are needed, by the time at which they start to travel. nodes: indices of a dispatch in two hops, instead of chunks.
     """
 
     entry: Tensor
-    token: Tensor
-    place_TK: Tensor | None
+    rows: Rows
     chunks: list[Chunk]
     copied: dict[str, PlacementPlan]
     nodes: NodePlan | None
@@ -299,7 +297,6 @@ class PlacedExecutor:
         else:
             compute = lambda rows: self.arrived(rows, nodes.arriving, weights, experts, copies)  # noqa: E731
             y = through_nodes(x, weight, nodes, self.links.tokens, compute)
-        y = y.to(x.dtype)
 
         for c in copies if self.rematerialize or not torch.is_grad_enabled() else ():
             # inside activation checkpointing the graph of the recomputed pass keeps the copies until the backward
@@ -318,7 +315,7 @@ class PlacedExecutor:
         copies: Sequence[Copies],
     ) -> Tensor:
         """Rows to the ranks that compute them and back, chunk by chunk; their weighted sum by token, [T, D]."""
-        rows = gather_rows(x, plan.token, plan.place_TK)
+        rows = gather_rows(x, plan.rows)
         exchanges = [
             (Exchange(c.send, c.receive, self.links.tokens, "dispatch"), Exchange(c.receive, c.send, self.links.tokens, "combine"))
             for c in plan.chunks
@@ -329,22 +326,22 @@ class PlacedExecutor:
             returned.append(back.start(self.arrived(there.finish(started), chunk.arriving, weights, experts, copies)))
         parts = [back.finish(started) for (_, back), started in zip(exchanges, returned, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return combine_rows(y, weight, plan.token, x.shape[0], plan.place_TK)
+        return combine_rows(y, weight, plan.rows)
 
     def arrived(
         self, rows: Tensor, arriving: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
     ) -> Tensor:
         """Rows as they arrive, by source and slot, through the experts and back into that order."""
-        by_slot, by_source = regroup(arriving)
-        y = self.compute(gather_rows(rows, by_slot, by_source[:, None]), arriving.sum(0), weights, experts, copies)
-        return gather_rows(y, by_source, by_slot[:, None])
+        there = regroup(arriving)
+        if not copies:
+            return experts.execute(rows, there, None, arriving.sum(0), weights[0])
+        y = self.compute(gather_rows(rows, there), arriving.sum(0), weights, experts, copies)
+        return gather_rows(y, there.inverse())
 
     def compute(
         self, x: Tensor, counts: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
     ) -> Tensor:
         """Rows in the order of this rank's slots, owned experts first, through owned and copied experts."""
-        if not copies:
-            return experts.compute(x, counts, weights[0])
         forget = self.rematerialize and not self.recompute and torch.is_grad_enabled()
         by_set = counts.split([w[0].shape[0] for w in weights])
         parts = []
@@ -374,18 +371,14 @@ class PlacedExecutor:
         rows = self.split(counts, plan, self.links.cluster) if copied else np.where(plan.holders, counts[:, :, None], 0)
         ends = [rows * (c + 1) // self.degree - rows * c // self.degree for c in range(self.degree)]
         chunks = [self.chunk(part, slots[rank], rank) for part in ends]
-        entry, token, place_TK = order.entry, order.token, order.place_TK
+        entry, sent = order.entry, order.rows
         if copied or self.degree > 1:
             permutation = self.permutation(rows[rank], [part[rank] for part in ends], slots, gathered[rank], position)
-            entry, token = entry[permutation], token[permutation]
-            if place_TK is not None:
-                inverse = torch.empty_like(permutation)
-                inverse[permutation] = torch.arange(permutation.numel(), device=self.device)
-                place_TK = inverse[place_TK]
+            entry, sent = entry[permutation], sent.reordered(permutation)
         nodes = None
         if self.deduplicate:
-            nodes = plan_nodes(token, rows, slots[rank], routing.num_tokens, self.links.cluster, self.links.tokens)
-        return Dispatch(entry, token, place_TK, chunks, copied, nodes, Observation(counts, rows.sum(axis=(0, 1))))
+            nodes = plan_nodes(sent.token, rows, slots[rank], routing.num_tokens, self.links.cluster, self.links.tokens)
+        return Dispatch(entry, sent, chunks, copied, nodes, Observation(counts, rows.sum(axis=(0, 1))))
 
     def chunk(self, rows: Integers, slots: Integers, rank: int) -> Chunk:
         """This rank's side of moving rows [R, E, R]. slots: its experts in their order."""
@@ -412,15 +405,12 @@ class PlacedExecutor:
         return shift.repeat_interleave(length) + torch.arange(int(sorted_counts.sum()), device=self.device)
 
 
-def regroup(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Permutations between rows that arrive ordered by (source, slot) and rows ordered by (slot, source).
+def regroup(counts: Tensor) -> Rows:
+    """Rows ordered by (slot, source) as copies of rows that arrive ordered by (source, slot), one of each.
 
-    counts: [sources, slots] int64. Returns by_slot and its inverse by_source, both [counts.sum()] int64:
-    x[by_slot] is ordered by slot, and y[by_source] brings it back.
+    counts: [sources, slots] int64.
     """
     sources, slots = counts.shape
     slot = torch.arange(slots, device=counts.device).repeat(sources).repeat_interleave(counts.reshape(-1))
     by_slot = slot.argsort(stable=True)
-    by_source = torch.empty_like(by_slot)
-    by_source[by_slot] = torch.arange(by_slot.numel(), device=counts.device)
-    return by_slot, by_source
+    return Rows(by_slot, inverse_permutation(by_slot), None, by_slot.numel())

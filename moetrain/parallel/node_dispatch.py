@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetrain.ops.permute import combine_rows, gather_rows
+from moetrain.ops.permute import Rows, combine_rows, gather_rows
 from moetrain.parallel.collectives import Peers, all_to_all_rows, gather_counts
 from moetrain.parallel.placement.plan import Cluster, Integers
 
@@ -31,18 +31,18 @@ class Hop:
 class NodePlan:
     """This rank's indices for one execution.
 
-    token: [u] int64, source rows of what it sends, once per (node, token). rows, entries, inside: hops of tokens to
-    relays, of one number per entry to relays, and of rows inside the node. order: [m] int64, entries that arrive at this
-    relay in the order in which they go on; row: [m] int64, the arrived row of each, in that order. arriving: [sources,
-    slots] rows that this rank gets inside its node, by original source.
+    sent: what it sends, a row per (node, token), by token. rows, entries, inside: hops of tokens to relays, of one number
+    per entry to relays, and of rows inside the node. order: [m] int64, entries that arrive at this relay in the order in
+    which they go on; passed: these entries by the arrived row that each needs. arriving: [sources, slots] rows that this
+    rank gets inside its node, by original source.
     """
 
-    token: Tensor
+    sent: Rows
     rows: Hop
     entries: Hop
     inside: Hop
     order: Tensor
-    row: Tensor
+    passed: Rows
     arriving: Tensor
 
 
@@ -87,12 +87,12 @@ def plan_nodes(token: Tensor, rows: Integers, slots: Integers, num_tokens: int, 
     receive[members] = [node_rows[ids, rank].sum() for ids in served]
     arriving = rows[np.concatenate(served)][:, slots, rank]
     return NodePlan(
-        token=unique % num_tokens,
+        sent=Rows.of(unique % num_tokens, num_tokens),
         rows=row_hop,
         entries=entry_hop,
         inside=Hop(send.tolist(), receive.tolist()),
         order=order,
-        row=row[order],
+        passed=Rows.of(row[order], sum(row_hop.receive)),
         arriving=torch.from_numpy(np.ascontiguousarray(arriving)).to(device),
     )
 
@@ -111,14 +111,13 @@ def _ranges(starts: Integers, lengths: Integers, device: torch.device) -> Tensor
 
 
 def through_nodes(x: Tensor, weight: Tensor, plan: NodePlan, peers: Peers, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Weighted sum over each token's entries, [T, D] in the weights' dtype.
+    """Weighted sum over each token's entries, [T, D].
 
     weight: [n] of this rank's entries in sending order. compute: the experts on rows as they arrive, in that order.
     """
-    arrived = all_to_all_rows(gather_rows(x, plan.token, None), plan.rows.send, plan.rows.receive, peers, "dispatch")
+    arrived = all_to_all_rows(gather_rows(x, plan.sent), plan.rows.send, plan.rows.receive, peers, "dispatch")
     weights = all_to_all_rows(weight[:, None], plan.entries.send, plan.entries.receive, peers, "dispatch_weight")
-    forwarded = all_to_all_rows(gather_rows(arrived, plan.row, None), plan.inside.send, plan.inside.receive, peers, "dispatch_in_node")
+    forwarded = all_to_all_rows(gather_rows(arrived, plan.passed), plan.inside.send, plan.inside.receive, peers, "dispatch_in_node")
     y = all_to_all_rows(compute(forwarded), plan.inside.receive, plan.inside.send, peers, "combine_in_node")
-    y = combine_rows(y, weights[plan.order, 0], plan.row, arrived.shape[0], None)
-    returned = all_to_all_rows(y.to(x.dtype), plan.rows.receive, plan.rows.send, peers, "combine")
-    return combine_rows(returned, torch.ones_like(returned[:, 0], dtype=weight.dtype), plan.token, x.shape[0], None)
+    y = combine_rows(y, weights[plan.order, 0], plan.passed)
+    return combine_rows(all_to_all_rows(y, plan.rows.receive, plan.rows.send, peers, "combine"), None, plan.sent)

@@ -37,17 +37,30 @@ def test_profile_of_one_process_has_only_experts(tmp_path, monkeypatch, capsys):
     assert "ps/FLOP" in printed and "all_to_all" not in printed
 
 
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_layer_against_its_products(precision, capsys):
+    sizes = ["tokens=64", "hidden=32", "width=16", "experts=4", "top_k=2", "rounds=2", "device=cpu"]
+    assert main(["bench", "layer", *sizes, "routing=zipf:1.2", f"precision={precision}"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("layer, forward and backward", "its matrix products", "layer / products, CPU time", "peak memory of a step"):
+        assert line in printed
+    assert f"of what {precision} is allowed" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "must be one of: profile"),
-        (["speed"], "must be one of: profile"),
+        ([], "must be one of: profile, layer"),
+        (["speed"], "must be one of: profile, layer"),
         (["profile", "repeats=0"], "repeats = 0: must be >= 1"),
         (["profile", "min_bytes=4096", "max_bytes=1024"], "min_bytes = 4096: must be < max_bytes (1024)"),
         (["profile", "launch.nproc=2"], "launch.nproc = 2: unknown key"),
         (["profile", "launch=3", "launch.nproc_per_node=2"], "launch = 3: must be a mapping"),
         (["profile", "launch.nproc_per_node=3", "ranks_per_node=2"], "ranks_per_node = 2: must divide"),
         (["profile", "launch.nnodes=2"], "torchrun --nnodes 2"),
+        (["layer", "routing=uniform"], "routing 'uniform' is neither balanced nor zipf:A"),
+        (["layer", "experts=4"], "8 choices of 4 experts"),
+        (["layer", "precision=float16"], "precision = 'float16': must be one of"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(arguments, expected, capsys):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moetrain.ops.permute import Rows, combine_rows, gather_rows
+
 
 @dataclass(frozen=True)
 class ExpertTensor:
@@ -42,6 +44,12 @@ class Experts(nn.Module):
         """Rows sorted by expert [R, D] -> [R, D']. counts: [e] int64 rows per slot. weights: as :meth:`weights`,
         one row per slot: the held experts, or copies of others."""
         raise NotImplementedError
+
+    def execute(self, x: Tensor, rows: Rows, weight: Tensor | None, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Tokens [T, D] -> weighted sums over each token's rows [T, D']. rows: sorted by expert. weight: [N] factors of
+        their outputs. Families with a faster way than gather, :meth:`compute` and combine replace it."""
+        y = self.compute(gather_rows(x, rows), counts, weights)
+        return combine_rows(y, weight, rows)
 
     def weights(self) -> tuple[Tensor, ...]:
         """The stacked parameters [e, ...]."""

@@ -12,8 +12,9 @@ from torch.profiler import record_function
 from moetrain.config import Component, setting
 from moetrain.moe.experts.base import Experts, ExpertTensor
 from moetrain.moe.experts.spawn import SpawnSettings
-from moetrain.ops.activations import Activation, hidden_activation
-from moetrain.ops.grouped_linear import grouped_linear
+from moetrain.ops.activations import Activation
+from moetrain.ops.expert_ffn import expert_ffn
+from moetrain.ops.permute import Rows
 from moetrain.registry import register
 
 
@@ -51,9 +52,14 @@ class FFNExperts(Experts):
 
     @record_function("moe.experts")
     def compute(self, x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        w_in, w_out = (w.to(x.dtype) for w in weights)
-        hidden = hidden_activation(grouped_linear(x, w_in, counts), self.config.activation, gated=self.config.gated)
-        return grouped_linear(hidden, w_out, counts)
+        w_in, w_out = weights
+        return expert_ffn(x, w_in, w_out, counts, activation=self.config.activation, gated=self.config.gated)
+
+    @record_function("moe.experts")
+    def execute(self, x: Tensor, rows: Rows, weight: Tensor | None, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        w_in, w_out = weights
+        settings = self.config
+        return expert_ffn(x, w_in, w_out, counts, rows=rows, weight=weight, activation=settings.activation, gated=settings.gated)
 
     def flops_per_row(self) -> int:
         return 2 * sum(p.shape[1] * p.shape[2] for p in self.parameters())

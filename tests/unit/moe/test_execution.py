@@ -47,7 +47,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def expert_output(experts: FFNExperts, expert: int, row: Tensor) -> Tensor:
-    act = ACTIVATIONS[experts.config.activation]
+    act = ACTIVATIONS[experts.config.activation].forward
     hidden = experts.w_in[expert] @ row
     hidden = act(hidden[:WIDTH]) * hidden[WIDTH:] if experts.config.gated else act(hidden)
     return experts.w_out[expert] @ hidden
@@ -117,13 +117,13 @@ def test_sorting_by_expert_or_by_a_given_order_of_places() -> None:
     routing = fixed_routing(torch.tensor([[2, 0], [1, 2], [0, 2]]), torch.arange(6.0).view(3, 2), num_experts=3)
     order = sort_entries(routing)
     assert order.counts.tolist() == [2, 1, 3]
-    assert order.token.tolist() == [0, 2, 1, 0, 1, 2] and routing.weight[order.entry].tolist() == [1, 4, 2, 0, 3, 5]
-    assert order.place_TK.tolist() == [[3, 0], [2, 4], [1, 5]]
+    assert order.rows.token.tolist() == [0, 2, 1, 0, 1, 2] and routing.weight[order.entry].tolist() == [1, 4, 2, 0, 3, 5]
+    assert order.rows.place.tolist() == [3, 0, 2, 4, 1, 5] and order.rows.bounds is None
     # experts 2, 0, 1 in this order
     moved = sort_entries(routing, torch.tensor([1, 2, 0]))
-    assert moved.counts.tolist() == [3, 2, 1] and moved.token.tolist() == [0, 1, 2, 0, 2, 1]
+    assert moved.counts.tolist() == [3, 2, 1] and moved.rows.token.tolist() == [0, 1, 2, 0, 2, 1]
     dropped = sort_entries(routing.keep(torch.tensor([True, False, True, True, True, True])), torch.tensor([1, 2, 0]))
-    assert dropped.counts.tolist() == [3, 1, 1] and dropped.place_TK is None
+    assert dropped.counts.tolist() == [3, 1, 1] and dropped.rows.bounds.tolist() == [0, 1, 3, 5]
 
 
 @pytest.mark.parametrize("name", ["ragged", "fixed", "dropped"])

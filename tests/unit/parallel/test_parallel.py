@@ -11,11 +11,11 @@ from moetrain.parallel.ranks import Ranks
 @pytest.mark.parametrize("counts", [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0]], [[5]], [[0, 4], [0, 0], [1, 0]]])
 def test_regroup_is_a_permutation_by_expert_and_back(counts):
     counts = torch.tensor(counts)
-    by_expert, by_source = regroup(counts)
+    there = regroup(counts)
     rows = torch.tensor([(s, e) for s in range(counts.shape[0]) for e in range(counts.shape[1]) for _ in range(counts[s, e])]).view(-1, 2)
-    grouped = rows[by_expert]
+    grouped = rows[there.token]
     assert grouped[:, 1].tolist() == sorted(rows[:, 1].tolist())
-    assert torch.equal(grouped[by_source], rows)
+    assert torch.equal(grouped[there.inverse().token], rows)
 
 
 def test_ranks_from_torchrun():

@@ -1,0 +1,66 @@
+"""Combine: the rows of each token, summed in float32 in a fixed order. No atomics, so the same bits every time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moetrain.kernels.triton_ops.tiles import INTERPRETED
+
+LARGEST_BLOCK = 16 if INTERPRETED else 2048
+"""Columns per program: 16 bytes per thread and row of bfloat16 with 8 warps."""
+
+
+def segment_sum(rows: Tensor, num_tokens: int, *, place: Tensor, bounds: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """out[t] = sum over j of weight[place[j]] * rows[place[j]], j from bounds[t] to bounds[t + 1].
+
+    rows: [N, D]; place: [N] int64; bounds: [T+1] int64, None if every token has N / T rows; weight: [N] float32, None is 1.
+    Returns [T, D] in rows' dtype; zeros for tokens without rows.
+    """
+    width = rows.shape[1]
+    out = rows.new_empty(num_tokens, width)
+    if not out.numel():
+        return out
+    block = min(triton.next_power_of_2(width), LARGEST_BLOCK)
+    per_token = 0 if bounds is not None else place.numel() // num_tokens
+    _segment_sum[(num_tokens, triton.cdiv(width, block))](
+        rows, place, bounds, weight, out, width, PER_TOKEN=per_token, RAGGED=bounds is not None, WEIGHTED=weight is not None, BLOCK=block,
+        num_warps=1 if INTERPRETED else 8 if block >= 2048 else 4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _segment_sum(
+    rows: tl.tensor,
+    place: tl.tensor,
+    bounds: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    PER_TOKEN: tl.constexpr,
+    RAGGED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    if RAGGED:
+        for j in range(tl.load(bounds + token), tl.load(bounds + token + 1)):
+            total += _scaled_row(rows, tl.load(place + j), weight, column, width, WEIGHTED)
+    else:
+        for k in tl.static_range(PER_TOKEN):  # unrolled: the loads do not wait for one another
+            total += _scaled_row(rows, tl.load(place + token * PER_TOKEN + k), weight, column, width, WEIGHTED)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _scaled_row(
+    rows: tl.tensor, row: tl.tensor, weight: tl.tensor, column: tl.tensor, width: tl.tensor, WEIGHTED: tl.constexpr
+) -> tl.tensor:
+    values = tl.load(rows + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        values *= tl.load(weight + row)
+    return values

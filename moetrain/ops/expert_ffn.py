@@ -1,0 +1,164 @@
+"""The block of feed-forward experts as one operation: gather, w_in, activation, w_out, weighted sum by token.
+
+Backward keeps neither the gathered inputs nor the experts' outputs (after SonicMoE, 2512.14080): inputs are gathered again,
+and the gradient of a combine weight is the product of the hidden units with the gradient that reaches them,
+d weight[n] = <w_out^T dy[token[n]], a[n]>, as the output is linear in both. Kept besides x and the weights: h, and per row
+its weight and indices, :func:`saved_bytes_per_row`.
+
+Backends: on CUDA the Triton kernels; else plain products per expert. :func:`reference` is their slow twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.activations import ACTIVATIONS, Activation, hidden_activation
+from moetrain.ops.grouped_linear import grouped_linear
+from moetrain.ops.permute import Rows, combine_rows, gather_rows, sum_rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is no tensor with a gradient. counts: [e] int64 rows per expert, in their order. rows: as for
+    :func:`expert_ffn`."""
+
+    counts: Tensor
+    rows: Rows | None
+    activation: Activation
+    gated: bool
+
+
+def expert_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    counts: Tensor,
+    *,
+    rows: Rows | None = None,
+    weight: Tensor | None = None,
+    activation: Activation,
+    gated: bool,
+) -> Tensor:
+    """Rows sorted by expert through their experts; with ``rows`` they are gathered from tokens and summed by token.
+
+    x: [T, D] tokens, or [N, D] rows in order without ``rows``. w_in: [e, 2F (gate above up) or F, D]; w_out: [e, D', F]; in
+    x's dtype, or wider: then they are rounded to it for the products. counts: [e] int64 rows per expert, N in all.
+    weight: [N] factor of each row's output, at least float32. Returns [T, D'] or [N, D'] in x's dtype.
+    """
+    return _ExpertFFN.apply(x, w_in, w_out, weight, Block(counts, rows, activation, gated))
+
+
+def reference(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> Tensor:
+    """The same by autograd through separate operations."""
+    inputs = x if block.rows is None else gather_rows(x, block.rows)
+    hidden = hidden_activation(grouped_linear(inputs, w_in.to(x.dtype), block.counts), block.activation, gated=block.gated)
+    y = grouped_linear(hidden, w_out.to(x.dtype), block.counts)
+    if block.rows is not None:
+        return combine_rows(y, weight, block.rows)
+    return y if weight is None else (y * weight[:, None]).to(y.dtype)
+
+
+def saved_bytes_per_row(width: int, dtype: torch.dtype, *, gated: bool) -> int:
+    """What one row (one choice of one token) leaves in memory between forward and backward: its hidden units before the
+    activation, its weight in float32 (8 bytes in float64), its token and its place (8 bytes each)."""
+    return width * (2 if gated else 1) * dtype.itemsize + max(4, dtype.itemsize) + 16
+
+
+class _ExpertFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> Tensor:  # type: ignore[override]
+        y, h = _forward(x, w_in, w_out, weight, block)
+        ctx.save_for_backward(x, h, w_in, w_out, weight)
+        ctx.block = block
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, h, w_in, w_out, weight = ctx.saved_tensors
+        return *_backward(grad, x, h, w_in, w_out, weight, ctx.block, ctx.needs_input_grad[:4]), None
+
+
+def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> tuple[Tensor, Tensor]:
+    """The output and h. One product per expert: its rows stay in the cache between the steps."""
+    counts, rows = block.counts.tolist(), block.rows
+    h, y = x.new_empty(sum(counts), w_in.shape[1]), x.new_empty(sum(counts), w_out.shape[1])
+    for expert, run in _runs(counts):
+        _product(_take(x, rows, run), w_in[expert].to(x.dtype).t(), out=h[run])
+        a = hidden_activation(_wide(h[run]), block.activation, gated=block.gated)
+        if weight is not None:
+            a.mul_(weight[run, None])
+        _product(a.to(x.dtype), w_out[expert].to(x.dtype).t(), out=y[run])
+    return (y if rows is None else sum_rows(y, rows)), h
+
+
+def _backward(
+    grad: Tensor, x: Tensor, h: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_in, w_out and weight, as far as they are needed."""
+    counts, rows = block.counts.tolist(), block.rows
+    grad_x = x.new_empty(h.shape[0], x.shape[1]) if needs[0] else None
+    grad_in, grad_out = (_zero_where_empty(w, counts) if need else None for w, need in zip((w_in, w_out), needs[1:3], strict=True))
+    grad_weight = torch.empty_like(weight) if weight is not None and needs[3] else None
+    for expert, run in _runs(counts):
+        dy = _take(grad, rows, run)
+        da = _wide(dy @ w_out[expert].to(x.dtype))
+        gate, *up = _wide(h[run]).chunk(2 if block.gated else 1, dim=1)
+        act = ACTIVATIONS[block.activation]
+        acted = act.forward(gate)
+        a = acted * up[0] if up else acted
+        if grad_weight is not None:
+            torch.sum(da * a, dim=1, out=grad_weight[run])
+        if weight is not None:
+            a, da = a * weight[run, None], da.mul_(weight[run, None])
+        if grad_out is not None:
+            _product(dy.t(), a.to(x.dtype), out=grad_out[expert])
+        dh = torch.empty_like(h[run])
+        if up:
+            dh[:, gate.shape[1] :] = acted.mul_(da)
+            da.mul_(up[0])
+        dh[:, : gate.shape[1]] = act.backward(da, gate)
+        if grad_in is not None:
+            _product(dh.t(), _take(x, rows, run), out=grad_in[expert])
+        if grad_x is not None:
+            _product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
+    if grad_x is not None and rows is not None:
+        grad_x = sum_rows(grad_x, rows)
+    return grad_x, grad_in, grad_out, grad_weight
+
+
+def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has some."""
+    stop = 0
+    for expert, count in enumerate(counts):
+        start, stop = stop, stop + count
+        if count:
+            yield expert, slice(start, stop)
+
+
+def _take(x: Tensor, rows: Rows | None, run: slice) -> Tensor:
+    return x[run] if rows is None else x.index_select(0, rows.token[run])
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least float32: elementwise steps are not rounded in between, and no slower on CPU than in bfloat16."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """out = a @ b, where out may have another dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _zero_where_empty(weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Memory for a gradient, zero for experts without rows and not written for the others."""
+    grad = torch.empty_like(weight)
+    grad[[expert for expert, count in enumerate(counts) if not count]] = 0
+    return grad

@@ -1,0 +1,71 @@
+"""The launches themselves, without a GPU: a stand-in driver says that there is an H100, and every kernel is compiled, not run.
+
+So the arguments reach the kernels as they will on a GPU, with the types, the divisibility and the constants of the real call.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    get_active_torch_device = staticmethod(lambda: torch.device("cuda", 0))
+
+driver.set_active(Hopper())
+run, seen = JITFunction.run, []
+
+def compile_only(kernel, *args, grid, warmup, **options):
+    compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+    seen.append((kernel.__name__, "wgmma" in compiled.asm["ptx"], "cp.async.bulk.tensor" in compiled.asm["ptx"]))
+    return compiled
+
+JITFunction.run = compile_only
+from moetrain.kernels.triton_ops import expert_ffn, router, sort_experts
+
+def block(tokens, width, hidden, experts, top_k, gather):
+    rows = tokens * top_k
+    x = torch.zeros(tokens, width, dtype=torch.bfloat16)
+    w_in, w_out = x.new_zeros(experts, 2 * hidden, width), x.new_zeros(experts, width, hidden)
+    counts, index = torch.full((experts,), rows // experts), torch.arange(rows)
+    options = dict.fromkeys(("token", "weight", "place", "bounds")) | {"activation": "silu", "gated": True}
+    if gather:
+        options |= {"token": index // top_k, "weight": torch.ones(rows), "place": index}
+    y, h = expert_ffn.forward(x, w_in, w_out, counts, **options)
+    expert_ffn.backward(y, x, h, w_in, w_out, counts, **options)
+
+block(1024, 256, 512, 8, 2, True)
+block(1024, 256, 512, 8, 1, False)
+block(1001, 250, 510, 1, 1, True)
+routed = router.forward(torch.zeros(1000, 64), 6, renormalise=True)
+router.backward(routed, renormalise=True, grad_weight=routed.weight)
+sort_experts.sort_by_expert(torch.zeros(1000, dtype=torch.int64), 8)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_launches_compile_for_an_h100(tmp_path):
+    # one tile each: measuring would need the GPU
+    settings = {"TRITON_CACHE_DIR": str(tmp_path), "MOETRAIN_TRITON_TUNE": "0", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    products = ["_activation", "_plain", "_activation_backward", "_outer", "_outer", "_plain"]
+    combined = ["_activation", "_plain", "_segment_sum", "_activation_backward", "_outer", "_outer", "_plain", "_segment_sum"]
+    assert [name for name, _, _ in seen] == [*combined, *products, *combined, "_forward", "_backward", "_rank_in_block", "_scatter"]
+    assert all(wgmma for name, wgmma, _ in seen if name in products), "a product without the matrix instructions of Hopper"
+    boxed = [boxed for name, _, boxed in seen if name in products]
+    assert boxed == [True] * 12 + [False] * 6, "boxes are copied by the hardware exactly where rows are whole vectors"
