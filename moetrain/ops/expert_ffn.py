@@ -48,8 +48,9 @@ def expert_ffn(
 
     x: [T, D] tokens, or [N, D] rows in order without ``rows``. w_in: [e, 2F (gate above up) or F, D]; w_out: [e, D', F]; in
     x's dtype, or wider: then they are rounded to it for the products. counts: [e] int64 rows per expert, N in all.
-    weight: [N] factor of each row's output, at least float32. Returns [T, D'] or [N, D'] in x's dtype.
+    weight: [N] factor of each row's output in the sums of ``rows``, at least float32. Returns [T, D'] or [N, D'] in x's dtype.
     """
+    assert weight is None or rows is not None, "weights are those of a sum by token"
     return _ExpertFFN.apply(x, w_in, w_out, weight, Block(counts, rows, activation, gated))
 
 
@@ -58,9 +59,7 @@ def reference(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, blo
     inputs = x if block.rows is None else gather_rows(x, block.rows)
     hidden = hidden_activation(grouped_linear(inputs, w_in.to(x.dtype), block.counts), block.activation, gated=block.gated)
     y = grouped_linear(hidden, w_out.to(x.dtype), block.counts)
-    if block.rows is not None:
-        return combine_rows(y, weight, block.rows)
-    return y if weight is None else (y * weight[:, None]).to(y.dtype)
+    return y if block.rows is None else combine_rows(y, weight, block.rows)
 
 
 def saved_bytes_per_row(width: int, dtype: torch.dtype, *, gated: bool) -> int:
@@ -84,51 +83,62 @@ class _ExpertFFN(torch.autograd.Function):
 
 
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> tuple[Tensor, Tensor]:
-    """The output and h. One product per expert: its rows stay in the cache between the steps."""
+    """The output and h. One product per expert: its rows stay in the cache between the steps, in memory used again."""
     counts, rows = block.counts.tolist(), block.rows
     h, y = x.new_empty(sum(counts), w_in.shape[1]), x.new_empty(sum(counts), w_out.shape[1])
+    inputs, acted = _scratch(x, counts, x.shape[1], w_out.shape[2])
+    act = ACTIVATIONS[block.activation]
     for expert, run in _runs(counts):
-        _product(_take(x, rows, run), w_in[expert].to(x.dtype).t(), out=h[run])
-        a = hidden_activation(_wide(h[run]), block.activation, gated=block.gated)
-        if weight is not None:
-            a.mul_(weight[run, None])
-        _product(a.to(x.dtype), w_out[expert].to(x.dtype).t(), out=y[run])
-    return (y if rows is None else sum_rows(y, rows)), h
+        _product(_take(x, rows, run, inputs), w_in[expert].to(x.dtype).t(), out=h[run])
+        gate, *ups = h[run].chunk(2 if block.gated else 1, dim=1)
+        a = act.forward_into(gate, acted[: gate.shape[0]])
+        for up in ups:
+            a.mul_(up)
+        _product(a, w_out[expert].to(x.dtype).t(), out=y[run])
+    return (y if rows is None else sum_rows(y, rows, weight)), h
 
 
 def _backward(
     grad: Tensor, x: Tensor, h: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w_in, w_out and weight, as far as they are needed."""
+    """Gradients of x, w_in, w_out and weight, as far as they are needed. Weights are rounded to the dtype of what they scale."""
     counts, rows = block.counts.tolist(), block.rows
     grad_x = x.new_empty(h.shape[0], x.shape[1]) if needs[0] else None
     grad_in, grad_out = (_zero_where_empty(w, counts) if need else None for w, need in zip((w_in, w_out), needs[1:3], strict=True))
     grad_weight = torch.empty_like(weight) if weight is not None and needs[3] else None
+    factor = None if weight is None else weight.to(x.dtype)[:, None]
+    width = w_out.shape[2]
+    scratch = _scratch(x, counts, x.shape[1], grad.shape[1], width, width, width, h.shape[1])
+    act = ACTIVATIONS[block.activation]
     for expert, run in _runs(counts):
-        dy = _take(grad, rows, run)
-        da = _wide(dy @ w_out[expert].to(x.dtype))
-        gate, *up = _wide(h[run]).chunk(2 if block.gated else 1, dim=1)
-        act = ACTIVATIONS[block.activation]
-        acted = act.forward(gate)
-        a = acted * up[0] if up else acted
+        inputs, dy, da, acted, a, dh = (t[: run.stop - run.start] for t in scratch)
+        dy = _take(grad, rows, run, dy)
+        torch.mm(dy, w_out[expert].to(x.dtype), out=da)
+        (gate, d_gate), *ups = zip(*(t.chunk(2 if block.gated else 1, dim=1) for t in (h[run], dh)), strict=True)
+        act.forward_into(gate, acted)
+        a = torch.mul(acted, ups[0][0], out=a) if ups else acted
         if grad_weight is not None:
-            torch.sum(da * a, dim=1, out=grad_weight[run])
-        if weight is not None:
-            a, da = a * weight[run, None], da.mul_(weight[run, None])
+            torch.sum(torch.mul(da, a, out=d_gate), dim=1, dtype=grad_weight.dtype, out=grad_weight[run])
+        if factor is not None:
+            da.mul_(factor[run])
+        for up, d_up in ups:
+            torch.mul(acted, da, out=d_up)
+            da.mul_(up)
+        act.backward_into(da, gate, d_gate)
         if grad_out is not None:
-            _product(dy.t(), a.to(x.dtype), out=grad_out[expert])
-        dh = torch.empty_like(h[run])
-        if up:
-            dh[:, gate.shape[1] :] = acted.mul_(da)
-            da.mul_(up[0])
-        dh[:, : gate.shape[1]] = act.backward(da, gate)
+            _product(dy.t(), a if factor is None else a.mul_(factor[run]), out=grad_out[expert])
         if grad_in is not None:
-            _product(dh.t(), _take(x, rows, run), out=grad_in[expert])
+            _product(dh.t(), _take(x, rows, run, inputs), out=grad_in[expert])
         if grad_x is not None:
             _product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
     if grad_x is not None and rows is not None:
         grad_x = sum_rows(grad_x, rows)
     return grad_x, grad_in, grad_out, grad_weight
+
+
+def _scratch(x: Tensor, counts: Sequence[int], *widths: int) -> list[Tensor]:
+    """Memory for one expert's rows after the other's, [rows of the busiest, width] each."""
+    return [x.new_empty(max(counts, default=0), width) for width in widths]
 
 
 def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -140,13 +150,9 @@ def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, stop)
 
 
-def _take(x: Tensor, rows: Rows | None, run: slice) -> Tensor:
-    return x[run] if rows is None else x.index_select(0, rows.token[run])
-
-
-def _wide(t: Tensor) -> Tensor:
-    """At least float32: elementwise steps are not rounded in between, and no slower on CPU than in bfloat16."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+def _take(x: Tensor, rows: Rows | None, run: slice, out: Tensor) -> Tensor:
+    """The rows of a run, gathered into the beginning of ``out`` unless they lie in order."""
+    return x[run] if rows is None else torch.index_select(x, 0, rows.token[run], out=out[: run.stop - run.start])
 
 
 def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:

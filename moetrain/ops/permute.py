@@ -7,6 +7,7 @@ Both directions are gathers or segment sums over whole rows: the backward of a g
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,13 +66,23 @@ def combine_rows(y: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
     return _CombineRows.apply(y, weight, rows)
 
 
-def sum_rows(y: Tensor, rows: Rows) -> Tensor:
-    """The sum of the rows of each token, [N, D] -> [T, D]; without gradient. Narrow dtypes are summed in float32."""
+def sum_rows(y: Tensor, rows: Rows, weight: Tensor | None = None) -> Tensor:
+    """The weighted sum of the rows of each token, [N, D] -> [T, D]; without gradient. Made in at least float32.
+
+    weight: [N] at least float32, None for ones.
+    """
     if not y.numel():
         return y.new_zeros(rows.num_tokens, y.shape[1])
-    if rows.bounds is None:
-        return F.embedding_bag(rows.place.view(rows.num_tokens, -1), y, mode="sum")
-    return F.embedding_bag(rows.place, y, rows.bounds, mode="sum", include_last_offset=True)
+    bags = rows.place.view(rows.num_tokens, -1) if rows.bounds is None else rows.place
+    bag = partial(F.embedding_bag, bags, y, rows.bounds, mode="sum", include_last_offset=rows.bounds is not None)
+    if weight is None:
+        return bag()
+    factor = weight[rows.place].view_as(bags)
+    rounded = factor.to(y.dtype)
+    total = bag(per_sample_weights=rounded)
+    if y.dtype != weight.dtype:  # what rounding to the rows' dtype, which embedding_bag wants, leaves of the weights
+        total += bag(per_sample_weights=(factor - rounded).to(y.dtype))
+    return total
 
 
 class _GatherRows(torch.autograd.Function):
@@ -90,7 +101,7 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(None if weight is None else y, weight)
         ctx.rows = rows
-        return sum_rows(y if weight is None else (y * weight[:, None]).to(y.dtype), rows)
+        return sum_rows(y, rows, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
