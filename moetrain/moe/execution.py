@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moetrain.moe.context import RouterContext
 from moetrain.moe.experts import Experts
-from moetrain.moe.routing import Routing
-from moetrain.ops.permute import Rows, inverse_permutation
+from moetrain.moe.routing import PAD, Routing
+from moetrain.ops.permute import Rows
+from moetrain.ops.sort import sort_by_expert
 
 
 class Executor(Protocol):
@@ -54,18 +55,13 @@ def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
         table[-1] = -1  # index PAD = -1 reads the last entry
         key = table[key]
     complete = not routing.padded and routing.selected.numel() == experts
-    narrow = torch.uint8 if complete and experts <= 256 else torch.int32 if not complete or experts > 32767 else torch.int16
-    order = key.to(narrow).argsort(stable=True)
-    counts = torch.bincount(key + 1, minlength=experts + 1)
     if not complete:
-        first, kept = counts[:1].sum(), counts[1 : experts + 1].sum()
-        order = order[int(first) : int(first + kept)]
-    token = routing.token[order]
+        key = torch.where(key < experts, key, PAD)
+    order, counts, place = sort_by_expert(key, experts)
     if complete and routing.top_k is not None:
-        rows = Rows(token, inverse_permutation(order), None, routing.num_tokens)
-    else:
-        rows = Rows.of(token, routing.num_tokens)
-    return Order(entry=order, rows=rows, counts=counts[1 : experts + 1])
+        return Order(order, Rows(routing.token[order], place, None, routing.num_tokens), counts)
+    order = order if complete else order[: int(counts.sum())]
+    return Order(order, Rows.of(routing.token[order], routing.num_tokens), counts)
 
 
 class LocalExecutor:

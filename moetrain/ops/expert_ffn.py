@@ -5,7 +5,7 @@ and the gradient of a combine weight is the product of the hidden units with the
 d weight[n] = <w_out^T dy[token[n]], a[n]>, as the output is linear in both. Kept besides x and the weights: h, and per row
 its weight and indices, :func:`saved_bytes_per_row`.
 
-Backends: on CUDA the Triton kernels; else plain products per expert. :func:`reference` is their slow twin.
+Backends: on CUDA the Triton kernels; on CPU one plain product after the other. :func:`reference` is their slow twin.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.activations import ACTIVATIONS, Activation, hidden_activation
+from moetrain.ops.backend import triton_kernels
 from moetrain.ops.grouped_linear import grouped_linear
 from moetrain.ops.permute import Rows, combine_rows, gather_rows, sum_rows
 
@@ -31,6 +32,12 @@ class Block:
     rows: Rows | None
     activation: Activation
     gated: bool
+
+    def for_kernels(self) -> dict[str, Any]:
+        """As arguments of the Triton kernels."""
+        rows = self.rows
+        indices = {name: None if rows is None else getattr(rows, name) for name in ("token", "place", "bounds")}
+        return {**indices, "activation": self.activation, "gated": self.gated}
 
 
 def expert_ffn(
@@ -51,7 +58,10 @@ def expert_ffn(
     weight: [N] factor of each row's output in the sums of ``rows``, at least float32. Returns [T, D'] or [N, D'] in x's dtype.
     """
     assert weight is None or rows is not None, "weights are those of a sum by token"
-    return _ExpertFFN.apply(x, w_in, w_out, weight, Block(counts, rows, activation, gated))
+    block = Block(counts, rows, activation, gated)
+    if x.device.type != "cpu" and triton_kernels("expert_ffn", x) is None:
+        return reference(x, w_in, w_out, weight, block)
+    return _ExpertFFN.apply(x, w_in, w_out, weight, block)
 
 
 def reference(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> Tensor:
@@ -71,7 +81,11 @@ def saved_bytes_per_row(width: int, dtype: torch.dtype, *, gated: bool) -> int:
 class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> Tensor:  # type: ignore[override]
-        y, h = _forward(x, w_in, w_out, weight, block)
+        kernels = triton_kernels("expert_ffn", x)
+        if kernels is None:
+            y, h = _forward(x, w_in, w_out, weight, block)
+        else:
+            y, h = kernels.forward(x, w_in.to(x.dtype), w_out.to(x.dtype), block.counts, weight=weight, **block.for_kernels())
         ctx.save_for_backward(x, h, w_in, w_out, weight)
         ctx.block = block
         return y
@@ -79,7 +93,12 @@ class _ExpertFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, h, w_in, w_out, weight = ctx.saved_tensors
-        return *_backward(grad, x, h, w_in, w_out, weight, ctx.block, ctx.needs_input_grad[:4]), None
+        block, kernels = ctx.block, triton_kernels("expert_ffn", x)
+        if kernels is None:
+            return *_backward(grad, x, h, w_in, w_out, weight, block, ctx.needs_input_grad[:4]), None
+        low = (w_in.to(x.dtype), w_out.to(x.dtype))
+        grad_x, *grads, grad_weight = kernels.backward(grad, x, h, *low, block.counts, weight=weight, **block.for_kernels())
+        return grad_x, *(g.to(w.dtype) for g, w in zip(grads, (w_in, w_out), strict=True)), grad_weight, None
 
 
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> tuple[Tensor, Tensor]:

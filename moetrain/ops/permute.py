@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moetrain.ops.backend import triton_kernels
+from moetrain.ops.count import count
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -33,7 +36,7 @@ class Rows:
         """Any number of rows per token, also none."""
         place = token.to(torch.int32).argsort(stable=True)
         bounds = torch.zeros(num_tokens + 1, dtype=torch.int64, device=token.device)
-        torch.cumsum(torch.bincount(token, minlength=num_tokens), 0, out=bounds[1:])
+        torch.cumsum(count(token, num_tokens), 0, out=bounds[1:])
         return Rows(token, place, bounds, num_tokens)
 
     def reordered(self, order: Tensor) -> Rows:
@@ -71,6 +74,9 @@ def sum_rows(y: Tensor, rows: Rows, weight: Tensor | None = None) -> Tensor:
 
     weight: [N] at least float32, None for ones.
     """
+    kernels = triton_kernels("segment_sum", y)
+    if kernels is not None:
+        return kernels.segment_sum(y, rows.num_tokens, place=rows.place, bounds=rows.bounds, weight=weight)
     if not y.numel():
         return y.new_zeros(rows.num_tokens, y.shape[1])
     bags = rows.place.view(rows.num_tokens, -1) if rows.bounds is None else rows.place
