@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import tempfile
@@ -123,7 +124,8 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, data: PreparedData, st
     """run_training on this rank, with its threads and device set."""
     from moetrain.train.run import run_training
 
-    take_device(ranks, config.train.device, config.train.threads)
+    if take_device(ranks, config.train.device, config.train.threads).type == "cpu" and config.train.keep_freed_memory:
+        keep_freed_memory()
     return run_training(config, ranks, run_dir, data=data, stop=stop)
 
 
@@ -135,6 +137,16 @@ def take_device(ranks: Ranks, choice: str, threads: int | None = None) -> torch.
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def keep_freed_memory() -> None:
+    """glibc: memory that is freed stays with this process. By default large tensors go back to the system, which then clears
+    the pages of each step's tensors again: a fifth of the time of an MoE layer on CPU."""
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def available_cores() -> int:

@@ -21,7 +21,7 @@ from moetrain.train.settings import Config
 
 MAY_CHANGE = (
     "run", "launch", "parallel", "logging", "metrics", "checkpoint", "schedule", "optim.lr", "data.path", "train.steps", "train.recompute",
-    "train.micro_batch_size", "train.threads", "train.device", "train.max_skipped_steps",
+    "train.micro_batch_size", "train.threads", "train.keep_freed_memory", "train.device", "train.max_skipped_steps",
 )  # fmt: skip
 """Dotted names that a continued run may change: they alter speed, length or learning rate, not what is learnt from what.
 The data may lie elsewhere, but must be the same: its content hash is in the checkpoint."""

@@ -40,6 +40,9 @@ class TrainSection:
     recompute: bool = setting(False, doc="activation checkpointing of every block (the routing decision is stored, not recomputed)")
     max_skipped_steps: int = setting(20, doc="give up after this many steps in a row with non-finite gradients", ge=1)
     threads: int | None = setting(None, doc="CPU threads per rank; default: $OMP_NUM_THREADS, else cores / ranks on this machine", ge=1)
+    keep_freed_memory: bool = setting(
+        True, doc="on CPU: freed memory stays with the process for its next tensors, which saves clearing new pages (glibc's mallopt)"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", doc="auto takes a GPU if there is one")
 
 
