@@ -145,7 +145,9 @@ def _backward(
             da.mul_(up)
         act.backward_into(da, gate, d_gate)
         if grad_out is not None:
-            _product(dy.t(), a if factor is None else a.mul_(factor[run]), out=grad_out[expert])
+            if factor is not None:
+                (dy if dy.shape[1] < width else a).mul_(factor[run])
+            _product(dy.t(), a, out=grad_out[expert])
         if grad_in is not None:
             _product(dh.t(), _take(x, rows, run, inputs), out=grad_in[expert])
         if grad_x is not None:
