@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -324,26 +325,32 @@ def list_components(arguments: list[str]) -> int:
 
 def list_courses(console: Any) -> None:
     """The settings of routers and other parts that follow a course over training steps."""
-    from dataclasses import fields
-
     from rich.table import Table
 
     from moetrain import registry
 
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for group in registry.groups():
         for name, component in registry.components(group).items():
-            for f in fields(component):
-                if f.metadata.get("schedule"):
-                    rows.setdefault((f"{group}.{f.name}", f"{f.metadata['doc']}|{f.metadata['schedule']}"), []).append(name)
+            for path, field in nested_fields(component):
+                if field.metadata.get("schedule"):
+                    rows.setdefault((f"{group}.{path}", field.metadata["doc"], field.metadata["schedule"]), []).append(name)
     table = Table(title="schedules of routing: settings of other parts", title_justify="left", box=None, padding=(0, 2))
     for column in ("setting", "what it is", "of", "source"):
         table.add_column(column, overflow="fold")
-    for (setting, text), names in rows.items():
-        doc, _, source = text.rpartition("|")
+    for (setting, doc, source), names in rows.items():
         table.add_row(setting, doc, ", ".join(names), source)
     console.print(table, highlight=False)
     console.print()
+
+
+def nested_fields(component: type) -> Iterator[tuple[str, Field[Any]]]:
+    """Dotted name and field of a configuration's settings, those of sections in it included."""
+    for field in fields(component):
+        yield field.name, field
+        if isinstance(field.default_factory, type) and is_dataclass(field.default_factory):
+            for path, inner in nested_fields(field.default_factory):
+                yield f"{field.name}.{path}", inner
 
 
 def describe_component(group: str, name: str) -> int:

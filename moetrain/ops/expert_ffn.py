@@ -105,14 +105,15 @@ def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, bloc
     """The output and h. One product per expert: its rows stay in the cache between the steps, in memory used again."""
     counts, rows = block.counts.tolist(), block.rows
     h, y = x.new_empty(sum(counts), w_in.shape[1]), x.new_empty(sum(counts), w_out.shape[1])
-    inputs, acted = _scratch(x, counts, x.shape[1], w_out.shape[2])
+    scratch = _scratch(x, counts, x.shape[1], w_out.shape[2])
     act = ACTIVATIONS[block.activation]
     for expert, run in _runs(counts):
-        _product(_take(x, rows, run, inputs), w_in[expert].to(x.dtype).t(), out=h[run])
-        gate, *ups = h[run].chunk(2 if block.gated else 1, dim=1)
-        a = act.forward_into(gate, acted[: gate.shape[0]])
-        for up in ups:
-            a.mul_(up)
+        gathered, a = (t[: run.stop - run.start] for t in scratch)
+        _product(_take(x, rows, run, gathered), w_in[expert].to(x.dtype).t(), out=h[run])
+        gate, *up = h[run].chunk(2 if block.gated else 1, dim=1)
+        act.forward_into(gate, a)
+        if up:
+            a.mul_(up[0])
         _product(a, w_out[expert].to(x.dtype).t(), out=y[run])
     return (y if rows is None else sum_rows(y, rows, weight)), h
 
@@ -126,30 +127,31 @@ def _backward(
     grad_in, grad_out = (_zero_where_empty(w, counts) if need else None for w, need in zip((w_in, w_out), needs[1:3], strict=True))
     grad_weight = torch.empty_like(weight) if weight is not None and needs[3] else None
     factor = None if weight is None else weight.to(x.dtype)[:, None]
-    width = w_out.shape[2]
-    scratch = _scratch(x, counts, x.shape[1], grad.shape[1], width, width, width, h.shape[1])
+    out_size, width = w_out.shape[1:]
+    scratch = _scratch(x, counts, max(out_size, x.shape[1]), width, width, h.shape[1])
     act = ACTIVATIONS[block.activation]
     for expert, run in _runs(counts):
-        inputs, dy, da, acted, a, dh = (t[: run.stop - run.start] for t in scratch)
-        dy = _take(grad, rows, run, dy)
-        torch.mm(dy, w_out[expert].to(x.dtype), out=da)
+        gathered, da, a, dh = (t[: run.stop - run.start] for t in scratch)
         (gate, d_gate), *ups = zip(*(t.chunk(2 if block.gated else 1, dim=1) for t in (h[run], dh)), strict=True)
-        act.forward_into(gate, acted)
-        a = torch.mul(acted, ups[0][0], out=a) if ups else acted
+        dy = _take(grad, rows, run, gathered)
+        torch.mm(dy, w_out[expert].to(x.dtype), out=da)
+        if ups:
+            ((up, d_up),) = ups
+            torch.mul(act.forward_into(gate, d_up), up, out=a)
+        else:
+            act.forward_into(gate, a)
         if grad_weight is not None:
             torch.sum(torch.mul(da, a, out=d_gate), dim=1, dtype=grad_weight.dtype, out=grad_weight[run])
         if factor is not None:
             da.mul_(factor[run])
-        for up, d_up in ups:
-            torch.mul(acted, da, out=d_up)
+        if grad_out is not None:
+            _product(dy.t(), a if factor is None else a.mul_(factor[run]), out=grad_out[expert])
+        if ups:
+            d_up.mul_(da)
             da.mul_(up)
         act.backward_into(da, gate, d_gate)
-        if grad_out is not None:
-            if factor is not None:
-                (dy if dy.shape[1] < width else a).mul_(factor[run])
-            _product(dy.t(), a, out=grad_out[expert])
         if grad_in is not None:
-            _product(dh.t(), _take(x, rows, run, inputs), out=grad_in[expert])
+            _product(dh.t(), _take(x, rows, run, gathered), out=grad_in[expert])
         if grad_x is not None:
             _product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
     if grad_x is not None and rows is not None:
@@ -171,9 +173,12 @@ def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, stop)
 
 
-def _take(x: Tensor, rows: Rows | None, run: slice, out: Tensor) -> Tensor:
-    """The rows of a run, gathered into the beginning of ``out`` unless they lie in order."""
-    return x[run] if rows is None else torch.index_select(x, 0, rows.token[run], out=out[: run.stop - run.start])
+def _take(x: Tensor, rows: Rows | None, run: slice, memory: Tensor) -> Tensor:
+    """The rows of a run, gathered into ``memory`` unless they lie in order."""
+    if rows is None:
+        return x[run]
+    out = memory.view(-1)[: memory.shape[0] * x.shape[1]].view(-1, x.shape[1])
+    return torch.index_select(x, 0, rows.token[run], out=out)
 
 
 def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:

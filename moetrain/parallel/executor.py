@@ -23,8 +23,9 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.execution import sort_entries
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
-from moetrain.ops.permute import Rows, combine_rows, gather_rows, inverse_permutation
+from moetrain.ops.permute import Rows, combine_rows, gather_rows
 from moetrain.parallel.collectives import Exchange, Peers, gather_counts
+from moetrain.parallel.indices import on_device, ranges, regroup
 from moetrain.parallel.node_dispatch import NodePlan, plan_nodes, through_nodes
 from moetrain.parallel.placement.cost import Transport
 from moetrain.parallel.placement.plan import Cluster, Integers, PlacementPlan
@@ -54,11 +55,11 @@ class Links:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One part of a dispatch: rows sent to and received from each rank, and received rows per slot, [R, slots]."""
+    """One part of a dispatch: rows sent to and received from each rank, and received rows per slot, [R, slots]. On the host."""
 
     send: list[int]
     receive: list[int]
-    arriving: Tensor
+    arriving: Integers
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,10 @@ class PlacedExecutor:
         self._plan, self.kept = plan, None
         # position[expert]: its place when experts are listed by owner
         order = np.concatenate([plan.owned(rank) for rank in range(plan.num_ranks)])
-        self.position = torch.from_numpy(np.argsort(order)).to(self.device)
+        self.place = np.argsort(order)
+        self.position = on_device(self.place, self.device)
         # of the router's ids, which several may share an expert
-        self.router_position = self.position if plan.remap is None else self.position[torch.from_numpy(plan.remap).to(self.device)]
+        self.router_position = self.position if plan.remap is None else self.position[on_device(plan.remap, self.device)]
 
     def prefetch(self, experts: Experts, ctx: RouterContext) -> None:
         """Start the transfer of this pass's copies."""
@@ -329,25 +331,25 @@ class PlacedExecutor:
         return combine_rows(y, weight, plan.rows)
 
     def arrived(
-        self, rows: Tensor, arriving: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
+        self, rows: Tensor, arriving: Integers, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
     ) -> Tensor:
         """Rows as they arrive, by source and slot, through the experts and back into that order."""
-        there = regroup(arriving)
+        there, counts = regroup(arriving, self.device), arriving.sum(axis=0)
         if not copies:
-            return experts.execute(rows, there, None, arriving.sum(0), weights[0])
-        y = self.compute(gather_rows(rows, there), arriving.sum(0), weights, experts, copies)
+            return experts.execute(rows, there, None, on_device(counts, self.device), weights[0])
+        y = self.compute(gather_rows(rows, there), counts, weights, experts, copies)
         return gather_rows(y, there.inverse())
 
     def compute(
-        self, x: Tensor, counts: Tensor, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
+        self, x: Tensor, counts: Integers, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
     ) -> Tensor:
         """Rows in the order of this rank's slots, owned experts first, through owned and copied experts."""
         forget = self.rematerialize and not self.recompute and torch.is_grad_enabled()
-        by_set = counts.split([w[0].shape[0] for w in weights])
+        by_set = np.split(counts, np.cumsum([w[0].shape[0] for w in weights])[:-1])
         parts = []
         for own, rows, slots, w in zip([None, *copies], x.split([int(c.sum()) for c in by_set]), by_set, weights, strict=True):
             with own.kept_out_of_the_graph() if forget and own is not None else nullcontext():
-                parts.append(experts.compute(rows, slots, w))
+                parts.append(experts.compute(rows, on_device(slots, self.device), w))
         y = torch.cat(parts)
         if forget:
             # in the backward every rank waits here: one that has no rows for its copies would not ask for them, and never
@@ -361,8 +363,7 @@ class PlacedExecutor:
         order = sort_entries(routing, self.router_position)
         # the one host copy of this layer: every split follows from these integers, the same on all ranks
         gathered = gather_counts(order.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
-        position = self.position.cpu().numpy()
-        counts = gathered[:, position]
+        counts = gathered[:, self.place]
         copied = {"planned": self.plan} if self.plan.copies.any() else {}
         plan = self.plan if self.calibrate is None else self.calibrate(counts, self.plan)
         if plan is not self.plan:
@@ -373,7 +374,7 @@ class PlacedExecutor:
         chunks = [self.chunk(part, slots[rank], rank) for part in ends]
         entry, sent = order.entry, order.rows
         if copied or self.degree > 1:
-            permutation = self.permutation(rows[rank], [part[rank] for part in ends], slots, gathered[rank], position)
+            permutation = self.permutation(rows[rank], [part[rank] for part in ends], slots, gathered[rank])
             entry, sent = entry[permutation], sent.reordered(permutation)
         nodes = None
         if self.deduplicate:
@@ -382,17 +383,15 @@ class PlacedExecutor:
 
     def chunk(self, rows: Integers, slots: Integers, rank: int) -> Chunk:
         """This rank's side of moving rows [R, E, R]. slots: its experts in their order."""
-        arriving = torch.from_numpy(np.ascontiguousarray(rows[:, slots, rank])).to(self.device)
+        arriving = np.ascontiguousarray(rows[:, slots, rank])
         return Chunk(send=rows[rank].sum(axis=0).tolist(), receive=rows[:, :, rank].sum(axis=1).tolist(), arriving=arriving)
 
-    def permutation(
-        self, rows: Integers, chunks: Sequence[Integers], slots: Sequence[Integers], sorted_counts: Integers, position: Integers
-    ) -> Tensor:
+    def permutation(self, rows: Integers, chunks: Sequence[Integers], slots: Sequence[Integers], sorted_counts: Integers) -> Tensor:
         """From sending order (by chunk, destination, slot of the destination) to the order sorted by position: [n] int64.
 
         rows, chunks: [E, R] rows of each expert for each rank, in all and per chunk.
         """
-        first = np.concatenate([[0], np.cumsum(sorted_counts)])[position]  # where each expert's rows begin
+        first = np.concatenate([[0], np.cumsum(sorted_counts)])[self.place]  # where each expert's rows begin
         begin = first[:, None] + np.cumsum(rows, axis=1) - rows  # [E, R] and those for each rank
         starts, lengths = [], []
         for part in chunks:
@@ -400,17 +399,4 @@ class PlacedExecutor:
                 starts.append(begin[ids, destination])
                 lengths.append(part[ids, destination])
             begin = begin + part
-        start, length = (torch.from_numpy(np.concatenate(a)).to(self.device) for a in (starts, lengths))
-        shift = start - (length.cumsum(0) - length)
-        return shift.repeat_interleave(length) + torch.arange(int(sorted_counts.sum()), device=self.device)
-
-
-def regroup(counts: Tensor) -> Rows:
-    """Rows ordered by (slot, source) as copies of rows that arrive ordered by (source, slot), one of each.
-
-    counts: [sources, slots] int64.
-    """
-    sources, slots = counts.shape
-    slot = torch.arange(slots, device=counts.device).repeat(sources).repeat_interleave(counts.reshape(-1))
-    by_slot = slot.argsort(stable=True)
-    return Rows(by_slot, inverse_permutation(by_slot), None, by_slot.numel())
+        return ranges(np.concatenate(starts), np.concatenate(lengths), self.device)

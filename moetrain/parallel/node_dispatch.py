@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetrain.ops.permute import Rows, combine_rows, gather_rows
 from moetrain.parallel.collectives import Peers, all_to_all_rows, gather_counts
+from moetrain.parallel.indices import on_device, ranges, repeated
 from moetrain.parallel.placement.plan import Cluster, Integers
 
 
@@ -43,7 +44,7 @@ class NodePlan:
     inside: Hop
     order: Tensor
     passed: Rows
-    arriving: Tensor
+    arriving: Integers
 
 
 def relay(cluster: Cluster, source: int, node: int) -> int:
@@ -60,12 +61,12 @@ def plan_nodes(token: Tensor, rows: Integers, slots: Integers, num_tokens: int, 
     """
     device, rank, ranks = token.device, peers.rank, peers.size
     node_rows = rows.sum(axis=1)  # [R, R] entries from rank to rank
-    node = torch.from_numpy(cluster.node).to(device).repeat_interleave(torch.from_numpy(node_rows[rank]).to(device))
+    node = repeated(on_device(cluster.node, device), node_rows[rank])
     unique, inverse = torch.unique(node * num_tokens + token, return_inverse=True)
     counts = gather_counts(torch.bincount(unique // num_tokens, minlength=cluster.num_nodes), peers)
     tokens_to_node = counts.cpu().numpy()  # [R, N] the second host copy of a layer, only with two hops
     first = np.cumsum(tokens_to_node[rank]) - tokens_to_node[rank]
-    local = inverse - torch.from_numpy(first).to(device)[node]
+    local = inverse - on_device(first, device)[node]
 
     relays = np.array([[relay(cluster, s, v) for v in range(cluster.num_nodes)] for s in range(ranks)])  # [R, N]
     entries_to_node = node_rows @ cluster.membership.T  # [R, N]
@@ -75,12 +76,12 @@ def plan_nodes(token: Tensor, rows: Integers, slots: Integers, num_tokens: int, 
     sources = np.flatnonzero(relays[:, home] == rank)
     row = all_to_all_rows(local, entry_hop.send, entry_hop.receive, peers, "dispatch_index")
     offsets = np.cumsum(tokens_to_node[sources, home]) - tokens_to_node[sources, home]
-    row = row + torch.from_numpy(np.repeat(offsets, entries_to_node[sources, home])).to(device)
+    row = row + repeated(on_device(offsets, device), entries_to_node[sources, home])
 
     members = cluster.members[home]
     blocks = node_rows[np.ix_(sources, members)]  # [sources of this relay, ranks of the node], in this order on arrival
     starts = (np.cumsum(blocks) - blocks.ravel()).reshape(blocks.shape)
-    order = _ranges(starts.T.ravel(), blocks.T.ravel(), device)
+    order = ranges(starts.T.ravel(), blocks.T.ravel(), device)
     served = [np.flatnonzero(relays[:, home] == member) for member in members]
     send, receive = np.zeros(ranks, dtype=np.int64), np.zeros(ranks, dtype=np.int64)
     send[members] = blocks.sum(axis=0)
@@ -93,7 +94,7 @@ def plan_nodes(token: Tensor, rows: Integers, slots: Integers, num_tokens: int, 
         inside=Hop(send.tolist(), receive.tolist()),
         order=order,
         passed=Rows.of(row[order], sum(row_hop.receive)),
-        arriving=torch.from_numpy(np.ascontiguousarray(arriving)).to(device),
+        arriving=arriving,
     )
 
 
@@ -102,12 +103,6 @@ def _hop(to_node: Integers, relays: Integers, rank: int) -> Hop:
     send = np.zeros(len(relays), dtype=np.int64)
     np.add.at(send, relays[rank], to_node[rank])
     return Hop(send.tolist(), (to_node * (relays == rank)).sum(axis=1).tolist())
-
-
-def _ranges(starts: Integers, lengths: Integers, device: torch.device) -> Tensor:
-    """The concatenation of start, start + 1, ... of each length: [lengths.sum()] int64."""
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return torch.from_numpy(np.repeat(shift, lengths)).to(device) + torch.arange(int(lengths.sum()), device=device)
 
 
 def through_nodes(x: Tensor, weight: Tensor, plan: NodePlan, peers: Peers, compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -85,7 +85,10 @@ def test_list(capsys):
     assert all(name in listed for name in shipped("experiment")) and "2403.07652" in listed
     assert main(["list", "schedules"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in ("cosine", "router.top_k_start", "router.temperature_start", "capacity.factor_start"))
+    assert all(
+        name in listed
+        for name in ("cosine", "router.top_k_start", "router.temperature_start", "capacity.factor_start", "experts.spawn.after")
+    )
     assert main(["list", "losses"]) == 0 and "mutual_information" in capsys.readouterr().out
 
 

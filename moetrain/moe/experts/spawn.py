@@ -19,7 +19,11 @@ class SpawnSettings:
     """When one FFN in place of all experts of a layer becomes these experts, and how they come to differ."""
 
     after: float = setting(
-        0.0, doc="part of train.steps in which each MoE layer has one FFN instead of router and experts; 0: none", ge=0, lt=1
+        0.0,
+        doc="part of train.steps in which each MoE layer has one FFN instead of router and experts; 0: none",
+        ge=0,
+        lt=1,
+        schedule="EvoMoE 2112.14397",
     )
     mask: float = setting(
         0.1, doc="part of its weights, at random, that an expert does not take over [inferred]; 0: equal experts", ge=0, lt=1

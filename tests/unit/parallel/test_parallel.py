@@ -1,21 +1,26 @@
 """Index arithmetic of expert parallelism, rank detection, layouts."""
 
+import numpy as np
 import pytest
 import torch
 
-from moetrain.parallel.executor import regroup
+from moetrain.parallel.indices import ranges, regroup
 from moetrain.parallel.layouts import AutoConfig, EPConfig, FSDPConfig, Layout, SingleConfig
 from moetrain.parallel.ranks import Ranks
 
 
 @pytest.mark.parametrize("counts", [[[2, 0, 1], [1, 3, 0]], [[0, 0], [0, 0]], [[5]], [[0, 4], [0, 0], [1, 0]]])
 def test_regroup_is_a_permutation_by_expert_and_back(counts):
-    counts = torch.tensor(counts)
-    there = regroup(counts)
+    counts = np.array(counts)
+    there = regroup(counts, torch.device("cpu"))
     rows = torch.tensor([(s, e) for s in range(counts.shape[0]) for e in range(counts.shape[1]) for _ in range(counts[s, e])]).view(-1, 2)
     grouped = rows[there.token]
     assert grouped[:, 1].tolist() == sorted(rows[:, 1].tolist())
     assert torch.equal(grouped[there.inverse().token], rows)
+
+
+def test_ranges():
+    assert ranges(np.array([5, 0, 2, 9]), np.array([2, 3, 0, 1]), torch.device("cpu")).tolist() == [5, 6, 0, 1, 2, 9]
 
 
 def test_ranks_from_torchrun():
