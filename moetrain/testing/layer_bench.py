@@ -84,24 +84,25 @@ def choose_experts(case: LayerCase) -> Tensor:
     return names[logits.topk(case.top_k, dim=1).indices]
 
 
-def make_inputs(case: LayerCase) -> dict[str, Tensor]:
+def make_inputs(case: LayerCase, device: torch.device | None = None) -> dict[str, Tensor]:
     """x, dy [T, D], router [E, D], gate, up [E, F, D], down [E, D, F], all bfloat16: every precision gets the same numbers.
 
     The first E features of x say which experts the token wants, and the router reads little else: no rounding changes a choice.
-    Raises AssertionError if the router chooses otherwise.
+    device: where they are made, None: the CPU; devices draw different numbers. Raises AssertionError if the router chooses otherwise.
     """
     tokens, hidden, width, experts, _ = case.shape
-    generator = torch.Generator().manual_seed(case.seed + 1)
+    device = device or torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(case.seed + 1)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).bfloat16()
+        return (torch.randn(*shape, generator=generator, device=device) * std).bfloat16()
 
-    chosen = choose_experts(case)
+    chosen = choose_experts(case).to(device)
     x = normal(tokens, hidden)
-    wish = torch.rand(tokens, experts, generator=generator) + 0.5
-    x[:, :experts] = wish.where(torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, chosen, True), -wish)
+    wish = torch.rand(tokens, experts, generator=generator, device=device) + 0.5
+    x[:, :experts] = wish.where(torch.zeros_like(wish, dtype=torch.bool).scatter(1, chosen, True), -wish)
     router = normal(experts, hidden, std=0.005)
-    router[:, :experts] += 2 * torch.eye(experts, dtype=torch.bfloat16)
+    router[:, :experts] += 2 * torch.eye(experts, dtype=torch.bfloat16, device=device)
     logits = x.float() @ router.float().t()
     assert torch.equal(logits.topk(case.top_k, dim=1).indices.sort(1).values, chosen.sort(1).values)
     return {
@@ -144,8 +145,8 @@ def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], cas
     tolerance = TOLERANCES["fast_path"][case.dtype]
     errors = {}
     for name in RESULTS:
-        scale = expected[name].double().abs().max()
-        error = float((found[name].double().cpu() - expected[name].double().cpu()).abs().max() / scale.cpu() / tolerance)
+        right = expected[name].to(found[name].device).double()
+        error = float((found[name].double() - right).abs().max() / right.abs().max() / tolerance)
         errors[name] = math.inf if math.isnan(error) else error
     worst = max(errors, key=errors.__getitem__)
     return errors[worst], worst
@@ -194,13 +195,17 @@ class AutogradLayer:
         for parameter in self.module.parameters():
             parameter.grad = None
 
-    def step(self) -> None:
-        """Forward and backward."""
+    def forward(self) -> None:
+        """Forward alone, ready for backward."""
         if self.low_precision:
             copies = {name: parameter.to(self.x.dtype) for name, parameter in self.module.named_parameters()}
             self.y = functional_call(self.module, copies, (self.x,))
         else:
             self.y = self.module(self.x)
+
+    def step(self) -> None:
+        """Forward and backward."""
+        self.forward()
         self.y.backward(self.dy)
 
     def results(self) -> dict[str, Tensor]:
@@ -290,13 +295,22 @@ class DenseLimit:
         self.d_gate, self.d_up, self.d_down = (torch.empty_like(w) for w in (self.gate, self.up, self.down))
         self.out_wide, self.out_rows = torch.empty_like(self.h), torch.empty_like(self.x)
 
+    def forward(self) -> None:
+        """The products of a forward."""
+        for e, s in enumerate(self.slices):
+            self._forward(e, s)
+
+    def _forward(self, e: int, s: slice) -> None:
+        x, h, wide, rows = (t[s] for t in (self.x, self.h, self.out_wide, self.out_rows))
+        torch.mm(x, self.gate[e].t(), out=wide)
+        torch.mm(x, self.up[e].t(), out=wide)
+        torch.mm(h, self.down[e].t(), out=rows)
+
     def step(self) -> None:
         """All products of one step."""
         for e, s in enumerate(self.slices):
+            self._forward(e, s)
             x, dy, h, a, b, wide, rows = (t[s] for t in (self.x, self.dy, self.h, self.a, self.b, self.out_wide, self.out_rows))
-            torch.mm(x, self.gate[e].t(), out=wide)
-            torch.mm(x, self.up[e].t(), out=wide)
-            torch.mm(h, self.down[e].t(), out=rows)
             torch.mm(dy, self.down[e], out=wide)
             torch.mm(dy.t(), h, out=self.d_down[e])
             torch.mm(a.t(), x, out=self.d_gate[e])

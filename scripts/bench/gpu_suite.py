@@ -1,193 +1,126 @@
-"""The parts of scripts/gpu_suite.sh: correctness on the device against the CPU, then timings and memory.
+"""Everything that only a GPU can show: runs the parts of gpu_parts.py one after the other, within a deadline.
 
-Needs torch alone. Each part writes <part>.json; a part that fails is recorded with its traceback and the others run.
+Each part is a process of its own with a budget: one that fails, hangs or breaks the GPU's context is recorded and the others go
+on. results.json, summary.json and summary.md are rewritten as each part ends; log.txt has what the parts print.
+
+usage: python scripts/bench/gpu_suite.py --out FOLDER [--parts kernels layer ...] [--size full|tiny] [--deadline 520]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
-import statistics
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import moetrain.models
-import moetrain.moe.losses  # noqa: F401
-from moetrain.models.deepseek_moe import DeepSeekMoEConfig
-from moetrain.moe.context import ForwardContext
-from moetrain.moe.layer import MoEParts
-from moetrain.objectives.batch import Batch
-from moetrain.objectives.language_modeling import LanguageModelingConfig
-from moetrain.parallel.layouts import Layout
-from moetrain.parallel.parallelize import ParallelModel, parallelize
-from moetrain.parallel.ranks import Ranks
-from moetrain.registry import lookup
-from moetrain.train.flops import FlopCounter, count_parameters, peak_flops
-from moetrain.train.metrics import Phases
-from moetrain.train.optim import AdamWConfig
-from moetrain.train.step import accumulate_gradients, count_units
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BUDGETS = {"kernels": 170, "correctness": 45, "layer": 130, "training": 75, "ops": 60, "synchronisation": 40, "profile": 60, "tests": 120}
+"""Seconds of each part, the most important first: what the deadline leaves no time for is at the end."""
+ENOUGH = 8.0
+"""A part is not begun with fewer seconds than this."""
+HERE = Path(__file__).parent
 
 
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+def run_part(name: str, options: argparse.Namespace, seconds: float, log: Path) -> dict[str, Any]:
+    """What the part recorded, with its status and its duration. Its processes are gone afterwards."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, log.open("a") as output:
+        record = Path(folder) / "record.json"
+        command = [sys.executable, str(HERE / "gpu_parts.py"), name, "--record", str(record), "--out", str(options.out)]
+        output.write(f"\n== {name}\n")
+        output.flush()
+        process = subprocess.Popen([*command, "--size", options.size], stdout=output, stderr=output, start_new_session=True)
+        try:
+            status = {0: None}.get(process.wait(seconds), f"exited with status {process.returncode}")
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    if status is not None:
+        found |= {"status": "failed", "reason": found.get("reason") or status}
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
-def timed(action: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Median and spread in seconds after two warm-up calls."""
-    action(), action()
-    seconds = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        action()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+def cell(value: Any) -> str:
+    """Of a table."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value).replace("|", "/")
 
 
-def parts(num_experts: int, top_k: int, width: int) -> MoEParts:
-    return MoEParts(
-        router=lookup("router", "topk")(top_k=top_k, renormalise=True),
-        experts=lookup("experts", "ffn")(num_experts=num_experts, width=width),
-        capacity=lookup("capacity", "none")(),
-        loss={"balance": lookup("loss", "expert_balance")(coefficient=0.01)},
-    )
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of rows; columns are those of the first."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(row.get(name)) for name in rows[0]] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def place(config: DeepSeekMoEConfig, dtype: torch.dtype, device: torch.device, vocab_size: int) -> tuple[ParallelModel, FlopCounter, int]:
-    with torch.device("meta"):
-        model = config.build(parts(config.num_experts, config.top_k, config.expert_width), vocab_size=vocab_size, dtype=dtype)
-    flops, size = FlopCounter(model), count_parameters(model)
-    placed = parallelize(model, Layout("single", 1, 1), Ranks(), device=device)
-    placed.initialise(0)
-    return placed, flops, size
+def summarise(about: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """summary.json and summary.md. Of a part's record, ``headline`` are its main figures and ``table`` rows for people."""
+    parts = [
+        {"part": name, "status": found["status"], "seconds": found["seconds"], "why": (found.get("reason") or "").split("\n")[-1][:200]}
+        for name, found in results.items()
+    ]
+    headlines = {name: found["headline"] for name, found in results.items() if found.get("headline")}
+    summary = {**about, "parts": parts, "headlines": headlines}
+    text = [f"# GPU suite: {about['device']}\n", ", ".join(f"{name} {value}" for name, value in about.items()) + "\n", table(parts)]
+    for name, found in results.items():
+        text.append(f"## {name}: {found['status']}\n")
+        text += [f"{found['about']}\n"] if found.get("about") else []
+        text += [f"- {key}: {cell(value)}" for key, value in found.get("headline", {}).items()] + [""]
+        text.append(table(found.get("table", [])))
+        text += [f"```\n{found['traceback'][-2000:]}```\n"] if found.get("traceback") else []
+    return summary, "\n".join(text)
 
 
-def random_batch(batch: int, seq_len: int, vocab_size: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab_size, (batch, seq_len + 1), generator=generator)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.arange(batch))
-
-
-def step(placed: ParallelModel, batches: list[Batch]) -> tuple[float, float]:
-    """Forward, backward and gradient norm of one step; (loss, norm)."""
-    totals, _ = count_units(batches, placed)
-    for _, parameter in placed.parameters():
-        parameter.grad = None
-    objective = LanguageModelingConfig().build()
-    result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=0, total_steps=1, phases=Phases())
-    return result.loss, placed.clip_gradients(None).item()
-
-
-def correctness(size: str) -> dict[str, Any]:
-    """A small model's loss and gradient norm on the device against float64 on the CPU.
-
-    In bfloat16 only the loss is compared: choices near a tie may differ, which moves the norm.
-    """
-    config = DeepSeekMoEConfig(hidden_size=64, num_layers=3, num_heads=2, head_dim=32, num_experts=8, top_k=2, expert_width=64,
-                               shared_width=64, dense_width=128, init_std=0.1)  # fmt: skip
-    batches = [random_batch(4, 64, 256)]
-    reference = step(place(config, torch.float64, torch.device("cpu"), 256)[0], batches)
-    report: dict[str, Any] = {"reference": reference}
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
-        found = step(place(config, dtype, DEVICE, 256)[0], batches)
-        compared = 1 if dtype == torch.bfloat16 else 2
-        error = max(abs(a - b) / abs(b) for a, b in zip(found[:compared], reference, strict=False))
-        report[str(dtype)] = {"loss": found[0], "norm": found[1], "relative_error": error, "passed": error <= tolerance}
-    report["passed"] = all(entry["passed"] for entry in report.values() if isinstance(entry, dict))
-    return report
-
-
-def layer(size: str) -> dict[str, Any]:
-    """Forward and backward of one MoE layer, and the rate of a dense product with the same FLOPs."""
-    shapes = [(1024, 64, 64, 8, 2)] if size == "tiny" else [(16384, 2048, 1408, 64, 6), (16384, 4096, 14336, 8, 2)]
-    rows = []
-    for tokens, hidden, width, experts, top_k in shapes:
-        with torch.device(DEVICE):
-            moe = parts(experts, top_k, width).build(hidden, dtype=torch.float32)
-            for parameter in moe.parameters():
-                torch.nn.init.normal_(parameter, std=0.02)
-            x = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
-
-        def run() -> None:
-            moe(x, ForwardContext(batch_size=1, seq_len=tokens, training=True).at("layer")).square().mean().backward()  # noqa: B023
-
-        time_layer = timed(run, 5)
-        flops = 3 * tokens * top_k * moe.experts.flops_per_row()
-        a = torch.randn(tokens * top_k, hidden, dtype=torch.bfloat16, device=DEVICE)
-        b = torch.randn(hidden, width, dtype=torch.bfloat16, device=DEVICE)
-        dense = timed(lambda: a @ b, 5)  # noqa: B023
-        rate = 2 * a.shape[0] * hidden * width / dense["median"]
-        rows.append({"shape_T_D_F_E_K": [tokens, hidden, width, experts, top_k], "seconds": time_layer,
-                     "flops_per_second": flops / time_layer["median"], "dense_flops_per_second": rate,
-                     "share_of_dense": flops / time_layer["median"] / rate})  # fmt: skip
-    return {"rows": rows, "passed": True}
-
-
-def training(size: str) -> dict[str, Any]:
-    """Steps of a 1B-class model with AdamW in bfloat16: tokens/s, utilisation, peak memory, falling loss."""
-    if size == "tiny":
-        config = DeepSeekMoEConfig(hidden_size=64, num_layers=2, num_heads=2, head_dim=32, num_experts=8, top_k=2, expert_width=64,
-                                   shared_width=64, dense_width=128, init_std=0.02)  # fmt: skip
-        vocab_size, batches, steps = 256, [random_batch(2, 64, 256)], 3
-    else:
-        config = DeepSeekMoEConfig(hidden_size=1280, num_layers=9, num_heads=10, head_dim=128, num_experts=32, top_k=4, expert_width=856,
-                                   shared_width=856, dense_layers=1, dense_width=3424)  # fmt: skip
-        vocab_size, batches, steps = 32000, [random_batch(8, 2048, 32000)], 12
-    placed, flops, parameters = place(config, torch.bfloat16, DEVICE, vocab_size)
-    optimizer = AdamWConfig(lr=3e-4).build(placed)
-    objective = LanguageModelingConfig().build()
-    losses, seconds = [], []
-    for index in range(steps):
-        synchronize()
-        start = time.perf_counter()
-        totals, _ = count_units(batches, placed)
-        optimizer.zero_grad(set_to_none=True)
-        result = accumulate_gradients(placed, objective, batches, totals, seed=0, step=index, total_steps=steps, phases=Phases())
-        placed.clip_gradients(1.0)
-        optimizer.step()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(result.loss)
-    rows = {name: int(stats.dispatched.sum()) for name, stats in result.statistics.items()}
-    median = statistics.median(seconds[2:] or seconds)
-    rate = flops.step(result.tokens, batches[0].tokens.shape[1], rows) / median
-    peak = peak_flops(DEVICE)
-    return {
-        "parameters": parameters, "losses": losses, "step_seconds": seconds, "tokens_per_second": result.tokens / median,
-        "model_flops_per_second": rate, "model_flops_utilisation": rate / peak if peak else None,
-        "memory_peak_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None, "passed": losses[-1] < losses[0],
-    }  # fmt: skip
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """Machine and versions, asked for in another process: this one must outlive a GPU that does not answer."""
+    script = "import json, torch; print(json.dumps([torch.__version__, torch.cuda.is_available() and torch.cuda.get_device_name()]))"
+    try:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=True)
+        version, device = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, json.JSONDecodeError) as error:
+        version, device = None, f"unknown: {error}"
+    return {"device": device or platform.machine(), "torch": version, "python": platform.python_version(), "size": options.size}
 
 
 def main() -> None:
-    """Run all parts; exit status 1 if one failed."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--size", choices=("full", "tiny"), default="full")
-    options = arguments.parse_args()
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
-    summary: dict[str, Any] = {"device": device, "torch": torch.__version__, "python": platform.python_version(), "size": options.size}
-    for part in (correctness, layer, training):
-        try:
-            report = part(options.size)
-        except Exception:
-            report = {"passed": False, "traceback": traceback.format_exc()}
-        (options.out / f"{part.__name__}.json").write_text(json.dumps(report, indent=1))
-        summary[part.__name__] = report["passed"]
-        print(part.__name__, json.dumps(report, indent=1), flush=True)
-    (options.out / "summary.json").write_text(json.dumps(summary, indent=1))
-    print(json.dumps(summary))
-    raise SystemExit(not all(summary[part.__name__] for part in (correctness, layer, training)))
+    """Run the parts; exit status 1 if one failed or was not run."""
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: toy sizes, also on CPU")
+    parser.add_argument("--parts", nargs="+", choices=BUDGETS, default=list(BUDGETS), metavar="PART", help=", ".join(BUDGETS))
+    parser.add_argument("--deadline", type=float, default=520.0, help="seconds for all parts")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "log.txt"
+    log.write_text("")
+    about = describe(options)
+    results: dict[str, dict[str, Any]] = {}
+    for name in (name for name in BUDGETS if name in options.parts):
+        seconds = min(BUDGETS[name], start + options.deadline - time.monotonic())
+        if seconds < ENOUGH:
+            results[name] = {"status": "not run", "seconds": 0.0, "reason": f"the deadline of {options.deadline:.0f} s"}
+        else:
+            results[name] = run_part(name, options, seconds, log)
+        summary, text = summarise(about, results)
+        (options.out / "results.json").write_text(json.dumps({**about, "parts": results}, indent=1))
+        (options.out / "summary.json").write_text(json.dumps(summary, indent=1))
+        (options.out / "summary.md").write_text(text)
+        print(name, json.dumps({key: results[name].get(key) for key in ("status", "seconds", "reason", "headline")}), flush=True)
+    print(text)
+    raise SystemExit(any(found["status"] in ("failed", "not run") for found in results.values()))
 
 
 if __name__ == "__main__":
