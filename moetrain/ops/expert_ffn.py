@@ -22,6 +22,9 @@ from moetrain.ops.backend import triton_kernels
 from moetrain.ops.grouped_linear import grouped_linear
 from moetrain.ops.permute import Rows, combine_rows, gather_rows, sum_rows
 
+LONGEST_RUN = 1024
+"""Rows of one expert that the CPU takes at a time: a busy expert shall not need more memory in between than all others."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -107,7 +110,7 @@ def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, bloc
     h, y = x.new_empty(sum(counts), w_in.shape[1]), x.new_empty(sum(counts), w_out.shape[1])
     scratch = _scratch(x, counts, x.shape[1], w_out.shape[2])
     act = ACTIVATIONS[block.activation]
-    for expert, run in _runs(counts):
+    for expert, run, _ in _runs(counts):
         gathered, a = (t[: run.stop - run.start] for t in scratch)
         _product(_take(x, rows, run, gathered), w_in[expert].to(x.dtype).t(), out=h[run])
         gate, *up = h[run].chunk(2 if block.gated else 1, dim=1)
@@ -130,7 +133,7 @@ def _backward(
     out_size, width = w_out.shape[1:]
     scratch = _scratch(x, counts, max(out_size, x.shape[1]), width, width, h.shape[1])
     act = ACTIVATIONS[block.activation]
-    for expert, run in _runs(counts):
+    for expert, run, first in _runs(counts):
         gathered, da, a, dh = (t[: run.stop - run.start] for t in scratch)
         (gate, d_gate), *ups = zip(*(t.chunk(2 if block.gated else 1, dim=1) for t in (h[run], dh)), strict=True)
         dy = _take(grad, rows, run, gathered)
@@ -145,13 +148,13 @@ def _backward(
         if factor is not None:
             da.mul_(factor[run])
         if grad_out is not None:
-            _product(dy.t(), a if factor is None else a.mul_(factor[run]), out=grad_out[expert])
+            _product(dy.t(), a if factor is None else a.mul_(factor[run]), out=grad_out[expert], add=not first)
         if ups:
             d_up.mul_(da)
             da.mul_(up)
         act.backward_into(da, gate, d_gate)
         if grad_in is not None:
-            _product(dh.t(), _take(x, rows, run, gathered), out=grad_in[expert])
+            _product(dh.t(), _take(x, rows, run, gathered), out=grad_in[expert], add=not first)
         if grad_x is not None:
             _product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
     if grad_x is not None and rows is not None:
@@ -160,17 +163,17 @@ def _backward(
 
 
 def _scratch(x: Tensor, counts: Sequence[int], *widths: int) -> list[Tensor]:
-    """Memory for one expert's rows after the other's, [rows of the busiest, width] each."""
-    return [x.new_empty(max(counts, default=0), width) for width in widths]
+    """Memory for one run of rows after the other, [rows of the longest, width] each."""
+    return [x.new_empty(min(LONGEST_RUN, max(counts, default=0)), width) for width in widths]
 
 
-def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has some."""
-    stop = 0
+def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
+    """(expert, some of its rows, whether they are its first) for all rows."""
+    end = 0
     for expert, count in enumerate(counts):
-        start, stop = stop, stop + count
-        if count:
-            yield expert, slice(start, stop)
+        begin, end = end, end + count
+        for start in range(begin, end, LONGEST_RUN):
+            yield expert, slice(start, min(end, start + LONGEST_RUN)), start == begin
 
 
 def _take(x: Tensor, rows: Rows | None, run: slice, memory: Tensor) -> Tensor:
@@ -181,12 +184,14 @@ def _take(x: Tensor, rows: Rows | None, run: slice, memory: Tensor) -> Tensor:
     return torch.index_select(x, 0, rows.token[run], out=out)
 
 
-def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out = a @ b, where out may have another dtype."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+def _product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
+    """out = a @ b, or added to it; out may have another dtype."""
+    if out.dtype != a.dtype:
+        out.add_(a @ b) if add else out.copy_(a @ b)
+    elif add:
+        out.addmm_(a, b)
     else:
-        out.copy_(a @ b)
+        torch.mm(a, b, out=out)
 
 
 def _zero_where_empty(weight: Tensor, counts: Sequence[int]) -> Tensor:

@@ -91,7 +91,17 @@ def test_every_activation(activation: Activation, gated: bool, weighted: bool) -
     compare(tensors, counts, rows, gated=gated, activation=activation)
 
 
-def test_float32_masters_of_bfloat16_experts_get_float32_gradients() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_rows_of_a_busy_expert_are_taken_in_several_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.ops.expert_ffn.LONGEST_RUN", 4)
+    counts = [0, 9, 4, 2]
+    rows, tokens = make_rows("even", sum(counts))
+    compare(inputs(counts, tokens, dtype, gated=True), counts, rows, gated=True, activation="silu")
+
+
+@pytest.mark.parametrize("longest", [1024, 3])
+def test_float32_masters_of_bfloat16_experts_get_float32_gradients(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.ops.expert_ffn.LONGEST_RUN", longest)
     rows, tokens = make_rows("even", 12)
     tensors = inputs([4, 0, 8], tokens, torch.bfloat16, gated=True, masters=torch.float32)
     for name in ("w_in", "w_out"):  # so that the twin, which does not round them, has the same weights
