@@ -124,9 +124,16 @@ def run_rank(config: Config, ranks: Ranks, run_dir: Path, data: PreparedData, st
     """run_training on this rank, with its threads and device set."""
     from moetrain.train.run import run_training
 
-    if take_device(ranks, config.train.device, config.train.threads).type == "cpu" and config.train.keep_freed_memory:
-        keep_freed_memory()
+    ready(config, ranks)
     return run_training(config, ranks, run_dir, data=data, stop=stop)
+
+
+def ready(config: Config, ranks: Ranks) -> torch.device:
+    """The device of this rank, its threads and memory set as for training."""
+    device = take_device(ranks, config.train.device, config.train.threads)
+    if device.type == "cpu" and config.train.keep_freed_memory:
+        keep_freed_memory()
+    return device
 
 
 def take_device(ranks: Ranks, choice: str, threads: int | None = None) -> torch.device:

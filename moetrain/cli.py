@@ -25,6 +25,8 @@ moetrain: trains sparse Mixture-of-Experts models
                                     instead of a run: moetrain plan model=deepseek_moe_16b cluster=h100
   moetrain bench profile            measure this machine's collectives and expert computation for planning
   moetrain bench layer [settings]   time one MoE layer of any size against its bare matrix products
+  moetrain bench ops [settings]     time each hot operation against its slow twin
+  moetrain bench step [overrides]   time training steps of a configuration on one rank, phase by phase
   moetrain list [GROUP [NAME]]      what can be chosen: routers, losses, models, ...; the settings of one
   moetrain --version
 
@@ -163,7 +165,7 @@ def keyword_settings(cls: type, arguments: list[str]) -> Any:
             sys.exit(0)
         if not equals:
             raise ConfigError(f"arguments are key=value; {argument!r} is not. Keys:\n{lines}")
-        texts = [s.name for s in described if s.name in ("prompt", "run", "device", "trace", "json")]
+        texts = [s.name for s in described if s.name in ("prompt", "run", "device", "trace", "json", "out")]
         outer, _, name = key.rpartition(".")
         section = values.setdefault(outer, {}) if outer else values
         if not isinstance(section, dict):
@@ -173,6 +175,20 @@ def keyword_settings(cls: type, arguments: list[str]) -> Any:
         except yaml.YAMLError as error:
             raise ConfigError(f"{argument}: the value is not valid YAML") from error
     return load(cls, values)
+
+
+def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own settings, and overrides of a training configuration: dotted names, groups, what starts with + or ~."""
+    import moetrain.components  # noqa: F401
+    from moetrain import registry
+
+    groups = (*registry.groups(), "experiment")
+
+    def is_override(argument: str) -> bool:
+        name = argument.partition("=")[0]
+        return name[:1] in ("+", "~") or "." in name or name in groups
+
+    return [a for a in arguments if not is_override(a)], [a for a in arguments if is_override(a)]
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -196,9 +212,7 @@ def generate(arguments: list[str]) -> int:
 
 
 def plan(arguments: list[str]) -> int:
-    """moetrain plan. Dotted names, groups, and what starts with + or ~ are overrides of a training configuration."""
-    import moetrain.components  # noqa: F401
-    from moetrain import registry
+    """moetrain plan."""
     from moetrain.config import load
     from moetrain.launch.compose import run_application
     from moetrain.simulate.plan import PlanSettings
@@ -206,10 +220,8 @@ def plan(arguments: list[str]) -> int:
     from moetrain.train.restore import read_config
     from moetrain.train.settings import Config
 
-    groups = (*registry.groups(), "experiment")
-    names = [argument.partition("=")[0] for argument in arguments]
-    overrides = [a for a, name in zip(arguments, names, strict=True) if name[:1] in ("+", "~") or "." in name or name in groups]
-    settings = keyword_settings(PlanSettings, [a for a in arguments if a not in overrides])
+    own, overrides = split_overrides(arguments)
+    settings = keyword_settings(PlanSettings, own)
 
     def compare(config: Config) -> None:
         report = run(settings, config)
@@ -228,7 +240,12 @@ def plan(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """moetrain bench."""
-    benchmarks: dict[str, Callable[[list[str]], int]] = {"profile": bench_profile, "layer": bench_layer}
+    benchmarks: dict[str, Callable[[list[str]], int]] = {
+        "profile": bench_profile,
+        "layer": bench_layer,
+        "ops": bench_ops,
+        "step": bench_step,
+    }
     name, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
     if name not in benchmarks:
         raise ConfigError(f"moetrain bench {name or ''}: must be one of: {', '.join(benchmarks)}")
@@ -284,6 +301,69 @@ def bench_layer(arguments: list[str]) -> int:
     print(f"largest error                 {measured.error:.2f} of what {settings.precision} is allowed")
     print(f"medians (minimum-maximum) of {settings.rounds} rounds")
     return 0 if measured.error <= 1 else 1
+
+
+def bench_ops(arguments: list[str]) -> int:
+    """moetrain bench ops: each operation's time and that of its slow twin."""
+    import statistics
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from moetrain.launch.bench import OpsSettings, ops
+    from moetrain.testing.layer_bench import spread
+
+    settings = keyword_settings(OpsSettings, arguments)
+    table = Table(box=None, padding=(0, 2))
+    for column in ("operation", "forward ms", "backward ms", "slow twin / fast", "GB/s", "GFLOP/s", "error"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    worst = 0.0
+    for speed in ops(settings):
+        seconds = statistics.median(p.total for p in speed.fast)
+        table.add_row(
+            speed.name,
+            spread([1e3 * p.forward for p in speed.fast]),
+            spread([1e3 * p.backward for p in speed.fast]) if any(p.backward for p in speed.fast) else "",
+            spread([slow.total / fast.total for slow, fast in zip(speed.slow, speed.fast, strict=True)]),
+            f"{speed.bytes / seconds / 1e9:.2f}",
+            f"{speed.flops / seconds / 1e9:.1f}" if speed.flops else "",
+            f"{speed.error:.3f}",
+        )
+        worst = max(worst, speed.error)
+    Console(width=None if sys.stdout.isatty() else 160).print(table, highlight=False)
+    print(f"medians (minimum-maximum) of {settings.rounds} rounds; slow twin / fast, GB/s and GFLOP/s: of forward and backward together")
+    print("GB/s: each operand read and each result written once per pass, which no implementation can avoid")
+    print(f"error: largest, of outputs and gradients, in units of what {settings.dtype} is allowed against the twin in float64")
+    return 0 if worst <= 1 else 1
+
+
+def bench_step(arguments: list[str]) -> int:
+    """moetrain bench step: speed of training steps and where their time goes."""
+    from moetrain.launch.bench import StepSettings, step
+    from moetrain.launch.compose import run_application
+    from moetrain.testing.layer_bench import spread
+
+    own, overrides = split_overrides(arguments)
+    settings = keyword_settings(StepSettings, own)
+
+    def job(plain: dict[str, Any]) -> None:
+        speed = step(settings, plain)
+        lines = speed.lines
+        print(
+            f"step              {spread([1e3 * line['step_seconds'] for line in lines], 1)} ms, {lines[0]['tokens']} tokens, {speed.device}"
+        )
+        print(f"tokens/s          {spread([line['tokens_per_second'] for line in lines], 0)}")
+        print(f"model GFLOP/s     {spread([line['model_flops_per_second'] / 1e9 for line in lines], 1)}")
+        if "model_flops_utilisation" in lines[0]:
+            print(f"of the device     {spread([100 * line['model_flops_utilisation'] for line in lines], 1)} %")
+        for phase in lines[-1]["seconds"]:
+            print(f"  {phase:<15} {spread([1e3 * line['seconds'].get(phase, 0.0) for line in lines], 1)} ms")
+        if speed.peak_bytes is not None:
+            print(f"peak memory       {speed.peak_bytes / 1e6:.0f} MB, {'tensors' if speed.device == 'cuda' else 'of the process'}")
+        print(f"medians (minimum-maximum) of {settings.steps} steps after {settings.warm_up}")
+
+    run_application(overrides, job)
+    return 0
 
 
 def list_components(arguments: list[str]) -> int:
