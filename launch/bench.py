@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moetrain.config import dump, load, setting
 from moetrain.errors import ConfigError, Problem
 from moetrain.launch.compose import build_config
-from moetrain.launch.local import join_group, prepare_data, ready, refuse, start_workers, take_device
+from moetrain.launch.local import join_group, keep_freed_memory, prepare_data, ready, refuse, start_workers, take_device
 from moetrain.launch.signals import StopRequest, stop_on_signals
 from moetrain.parallel.profile import MachineProfile, Sweep, measure
 from moetrain.parallel.ranks import Ranks
@@ -126,6 +126,8 @@ def layer(settings: LayerSettings) -> LayerSpeed:
     except ValueError as problem:
         raise ConfigError(str(problem)) from problem
     device = take_device(Ranks(), settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     inputs = make_inputs(case)
     own = OwnLayer.ready(case, cast_inputs(inputs, case, device))
     own.prepare()

@@ -7,6 +7,8 @@ device: counts are only read there. See ``moetrain.ops.expert_ffn`` for the mean
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from moetrain.kernels.triton_ops.grouped_gemm import activation_backward_gemm, activation_gemm, grouped_gemm
@@ -35,7 +37,8 @@ def forward(
     token 1, ...; bounds: [T+1] int64 their starts or None if every token has N / T (both unused without token).
     Returns y ([T, Dout], or [N, Dout] without token) and h [N, 2F or F]. No rows or no experts: zeros.
     """
-    x, w_in, w_out = x.contiguous(), w_in.contiguous(), w_out.contiguous()
+    x, w_in, w_out, counts = x.contiguous(), w_in.contiguous(), w_out.contiguous(), counts.contiguous()
+    token, weight = (None if t is None else t.contiguous() for t in (token, weight))
     h, a = activation_gemm(x, w_in, counts, source=token, activation=activation, gated=gated)
     if token is None:
         return grouped_gemm(a, w_out, counts, transposed=True, scale=weight), h
@@ -58,17 +61,20 @@ def backward(
     bounds: Tensor | None,
     activation: str,
     gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, w_in, w_out and weight (float32, None without weight), from that of y and the arguments and h of forward."""
-    grad, x, w_in, w_out = grad.contiguous(), x.contiguous(), w_in.contiguous(), w_out.contiguous()
+    needs: Sequence[bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w_in, w_out (the first three only if needed) and weight (float32, None without weight), from that of y and
+    the arguments and h of forward."""
+    grad, x, w_in, w_out, counts = (t.contiguous() for t in (grad, x, w_in, w_out, counts))
+    token, weight = (None if t is None else t.contiguous() for t in (token, weight))
     grad_h, weighted, grad_weight = activation_backward_gemm(
         grad, w_out, h, counts, source=token, weight=weight, activation=activation, gated=gated
     )
-    grad_w_out = grouped_outer(grad, weighted, counts, left_source=token)
+    grad_w_out = grouped_outer(grad, weighted, counts, left_source=token) if needs[2] else None
     del weighted
-    grad_w_in = grouped_outer(grad_h, x, counts, right_source=token)
-    grad_x = grouped_gemm(grad_h, w_in, counts, transposed=False)
-    if token is not None:
+    grad_w_in = grouped_outer(grad_h, x, counts, right_source=token) if needs[1] else None
+    grad_x = grouped_gemm(grad_h, w_in, counts, transposed=False) if needs[0] else None
+    if token is not None and grad_x is not None:
         assert place is not None
         grad_x = segment_sum(grad_x, x.shape[0], place=place, bounds=bounds)
     return grad_x, grad_w_in, grad_w_out, grad_weight

@@ -18,6 +18,8 @@ def segment_sum(rows: Tensor, num_tokens: int, *, place: Tensor, bounds: Tensor 
     rows: [N, D]; place: [N] int64; bounds: [T+1] int64, None if every token has N / T rows; weight: [N] float32, None is 1.
     Returns [T, D] in rows' dtype; zeros for tokens without rows.
     """
+    rows, place = rows.contiguous(), place.contiguous()
+    bounds, weight = (None if t is None else t.contiguous() for t in (bounds, weight))
     width = rows.shape[1]
     out = rows.new_empty(num_tokens, width)
     if not out.numel():

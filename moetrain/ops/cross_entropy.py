@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SMALLEST_CHUNK = 256
 """Tokens below which a matrix product would read the weights too often."""
@@ -78,7 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, target = hidden[start : start + chunk], targets[start : start + chunk]
             counts = target != ignore
             index = target if part is None else target - part.first
-            here = (index >= 0) & (index < rows.shape[0]) & counts
+            # another id than this part's is another rank's; without parts gather refuses it
+            here = counts if part is None else (index >= 0) & (index < rows.shape[0]) & counts
             index = torch.where(here, index, 0)[:, None]
 
             logits = (x @ rows.t()).to(wide)
@@ -107,6 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll, z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         if ctx.part is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moetrain.ops.activations import ACTIVATIONS, Activation, hidden_activation
 from moetrain.ops.backend import triton_kernels
@@ -94,14 +95,18 @@ class _ExpertFFN(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, h, w_in, w_out, weight = ctx.saved_tensors
         block, kernels = ctx.block, triton_kernels("expert_ffn", x)
         if kernels is None:
             return *_backward(grad, x, h, w_in, w_out, weight, block, ctx.needs_input_grad[:4]), None
         low = (w_in.to(x.dtype), w_out.to(x.dtype))
-        grad_x, *grads, grad_weight = kernels.backward(grad, x, h, *low, block.counts, weight=weight, **block.for_kernels())
-        return grad_x, *(g.to(w.dtype) for g, w in zip(grads, (w_in, w_out), strict=True)), grad_weight, None
+        needs = ctx.needs_input_grad[:3]
+        gradients = kernels.backward(grad, x, h, *low, block.counts, weight=weight, needs=needs, **block.for_kernels())
+        grad_x, grad_in, grad_out, grad_weight = gradients
+        grad_in, grad_out = (None if g is None else g.to(w.dtype) for g, w in ((grad_in, w_in), (grad_out, w_out)))
+        return grad_x, grad_in, grad_out, grad_weight, None
 
 
 def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, block: Block) -> tuple[Tensor, Tensor]:
@@ -110,7 +115,7 @@ def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, bloc
     h, y = x.new_empty(sum(counts), w_in.shape[1]), x.new_empty(sum(counts), w_out.shape[1])
     scratch = _scratch(x, counts, x.shape[1], w_out.shape[2])
     act = ACTIVATIONS[block.activation]
-    for expert, run, _ in _runs(counts):
+    for expert, run, _, _ in _runs(counts):
         gathered, a = (t[: run.stop - run.start] for t in scratch)
         _product(_take(x, rows, run, gathered), w_in[expert].to(x.dtype).t(), out=h[run])
         gate, *up = h[run].chunk(2 if block.gated else 1, dim=1)
@@ -133,7 +138,8 @@ def _backward(
     out_size, width = w_out.shape[1:]
     scratch = _scratch(x, counts, max(out_size, x.shape[1]), width, width, h.shape[1])
     act = ACTIVATIONS[block.activation]
-    for expert, run, first in _runs(counts):
+    sum_in, sum_out = (None if grad is None else _WeightGradient(grad, counts) for grad in (grad_in, grad_out))
+    for expert, run, first, last in _runs(counts):
         gathered, da, a, dh = (t[: run.stop - run.start] for t in scratch)
         (gate, d_gate), *ups = zip(*(t.chunk(2 if block.gated else 1, dim=1) for t in (h[run], dh)), strict=True)
         dy = _take(grad, rows, run, gathered)
@@ -147,14 +153,14 @@ def _backward(
             torch.sum(torch.mul(da, a, out=d_gate), dim=1, dtype=grad_weight.dtype, out=grad_weight[run])
         if factor is not None:
             da.mul_(factor[run])
-        if grad_out is not None:
-            _product(dy.t(), a if factor is None else a.mul_(factor[run]), out=grad_out[expert], add=not first)
+        if sum_out is not None:
+            sum_out.add(expert, dy.t(), a if factor is None else a.mul_(factor[run]), first=first, last=last)
         if ups:
             d_up.mul_(da)
             da.mul_(up)
         act.backward_into(da, gate, d_gate)
-        if grad_in is not None:
-            _product(dh.t(), _take(x, rows, run, gathered), out=grad_in[expert], add=not first)
+        if sum_in is not None:
+            sum_in.add(expert, dh.t(), _take(x, rows, run, gathered), first=first, last=last)
         if grad_x is not None:
             _product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
     if grad_x is not None and rows is not None:
@@ -167,13 +173,13 @@ def _scratch(x: Tensor, counts: Sequence[int], *widths: int) -> list[Tensor]:
     return [x.new_empty(min(LONGEST_RUN, max(counts, default=0)), width) for width in widths]
 
 
-def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
-    """(expert, some of its rows, whether they are its first) for all rows."""
+def _runs(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool, bool]]:
+    """(expert, some of its rows, whether they are its first, its last) for all rows."""
     end = 0
     for expert, count in enumerate(counts):
         begin, end = end, end + count
         for start in range(begin, end, LONGEST_RUN):
-            yield expert, slice(start, min(end, start + LONGEST_RUN)), start == begin
+            yield expert, slice(start, min(end, start + LONGEST_RUN)), start == begin, start + LONGEST_RUN >= end
 
 
 def _take(x: Tensor, rows: Rows | None, run: slice, memory: Tensor) -> Tensor:
@@ -192,6 +198,22 @@ def _product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
+
+
+class _WeightGradient:
+    """Sums of products over the runs of each expert, in at least float32 whatever the gradient's dtype."""
+
+    def __init__(self, grad: Tensor, counts: Sequence[int]) -> None:
+        self.grad, self.total = grad, None
+        if grad.dtype.itemsize < 4 and max(counts, default=0) > LONGEST_RUN:
+            self.total = grad.new_empty(grad.shape[1:], dtype=torch.float32)
+
+    def add(self, expert: int, a: Tensor, b: Tensor, *, first: bool, last: bool) -> None:
+        """Adds a @ b to the gradient of an expert."""
+        into = self.grad[expert] if self.total is None or (first and last) else self.total
+        _product(a, b, out=into, add=not first)
+        if last and into is self.total:
+            self.grad[expert].copy_(into)
 
 
 def _zero_where_empty(weight: Tensor, counts: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moetrain.ops.backend import triton_kernels
@@ -98,6 +99,7 @@ class _GatherRows(torch.autograd.Function):
         return x.index_select(0, rows.token)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return sum_rows(grad.contiguous(), ctx.rows), None
 
@@ -110,6 +112,7 @@ class _CombineRows(torch.autograd.Function):
         return sum_rows(y, rows, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         rows = grad.index_select(0, ctx.rows.token)
         y, weight = ctx.saved_tensors  # once: activation checkpointing refuses a second time

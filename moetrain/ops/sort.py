@@ -19,8 +19,9 @@ def sort_by_expert(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     kernels = triton_kernels("sort_experts", expert)
     if kernels is not None:
         return kernels.sort_by_expert(expert, num_experts)
+    counts = count(expert, num_experts)
     narrow = torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32768 else torch.int32
     if narrow != torch.uint8:  # in which -1 is 255
         expert = torch.where(expert < 0, num_experts, expert)
     order = expert.to(narrow).argsort(stable=True)
-    return order, count(torch.where(expert < num_experts, expert, -1), num_experts), inverse_permutation(order)
+    return order, counts, inverse_permutation(order)

@@ -48,6 +48,8 @@ class LayerCase:
             raise ValueError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.routing != "balanced" and not self.routing.startswith("zipf:"):
             raise ValueError(f"routing {self.routing!r} is neither balanced nor zipf:A")
+        if self.routing != "balanced" and not math.isfinite(float(self.routing.removeprefix("zipf:"))):  # ValueError if no number
+            raise ValueError(f"routing {self.routing!r} has no finite exponent")
         if not self.top_k < self.experts <= self.hidden:
             raise ValueError(f"{self.top_k} choices of {self.experts} experts by {self.hidden} features: must be K < E <= D")
 
@@ -101,7 +103,7 @@ def make_inputs(case: LayerCase, device: torch.device | None = None) -> dict[str
     x = normal(tokens, hidden)
     wish = torch.rand(tokens, experts, generator=generator, device=device) + 0.5
     x[:, :experts] = wish.where(torch.zeros_like(wish, dtype=torch.bool).scatter(1, chosen, True), -wish)
-    router = normal(experts, hidden, std=0.005)
+    router = normal(experts, hidden, std=0.005 * min(1.0, (512 / hidden) ** 0.5))  # its share of a logit does not grow with D
     router[:, :experts] += 2 * torch.eye(experts, dtype=torch.bfloat16, device=device)
     logits = x.float() @ router.float().t()
     assert torch.equal(logits.topk(case.top_k, dim=1).indices.sort(1).values, chosen.sort(1).values)

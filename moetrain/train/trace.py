@@ -13,7 +13,8 @@ from moetrain.storage import storage_errors
 class Tracer:
     """Records steps first .. first + steps - 1 (the first of a run is 1) of this rank; nothing if first is None.
 
-    A run that starts or resumes within them records the rest; one that ends within them writes what it has.
+    A run that starts or resumes within them records the rest, in place of what was there; one that ends within
+    them writes what it has.
     """
 
     def __init__(self, path: Path, *, first: int | None, steps: int) -> None:

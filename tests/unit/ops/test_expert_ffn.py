@@ -99,6 +99,15 @@ def test_the_rows_of_a_busy_expert_are_taken_in_several_runs(dtype: torch.dtype,
     compare(inputs(counts, tokens, dtype, gated=True), counts, rows, gated=True, activation="silu")
 
 
+def test_many_runs_of_a_busy_expert_do_not_stagnate_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of positive numbers grow beyond what one more run can change if they are rounded after each."""
+    monkeypatch.setattr("moetrain.ops.expert_ffn.LONGEST_RUN", 4)
+    x = torch.ones(4096, 1, dtype=torch.bfloat16)
+    w_in, w_out = (torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    expert_ffn(x, w_in, w_out, torch.tensor([4096]), activation="relu", gated=False).sum().backward()
+    assert w_in.grad.item() == w_out.grad.item() == 4096
+
+
 @pytest.mark.parametrize("longest", [1024, 3])
 def test_float32_masters_of_bfloat16_experts_get_float32_gradients(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moetrain.ops.expert_ffn.LONGEST_RUN", longest)
