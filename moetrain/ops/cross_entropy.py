@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moetrain.ops.product import product
+
 SMALLEST_CHUNK = 256
 """Tokens below which a matrix product would read the weights too often."""
 
@@ -102,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(slopes, rows, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, slopes.t(), x)
+                product(slopes.t(), x, out=grad_weight, add=True)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.part, ctx.weight_dtype = part, weight.dtype
         ctx.mark_non_differentiable(z)
@@ -117,11 +119,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = None if grad_hidden is None else grad_hidden * grad
         grad_weight = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the dtype of total also where a and b have a narrower one."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

@@ -22,6 +22,7 @@ from moetrain.ops.activations import ACTIVATIONS, Activation, hidden_activation
 from moetrain.ops.backend import triton_kernels
 from moetrain.ops.grouped_linear import grouped_linear
 from moetrain.ops.permute import Rows, combine_rows, gather_rows, sum_rows
+from moetrain.ops.product import product
 
 LONGEST_RUN = 1024
 """Rows of one expert that the CPU takes at a time: a busy expert shall not need more memory in between than all others."""
@@ -90,15 +91,18 @@ class _ExpertFFN(torch.autograd.Function):
             y, h = _forward(x, w_in, w_out, weight, block)
         else:
             y, h = kernels.forward(x, w_in.to(x.dtype), w_out.to(x.dtype), block.counts, weight=weight, **block.for_kernels())
-        ctx.save_for_backward(x, h, w_in, w_out, weight)
-        ctx.block = block
+        indices = () if block.rows is None else block.rows.tensors()
+        ctx.save_for_backward(x, h, w_in, w_out, weight, block.counts, *indices)
+        ctx.settings = (block.activation, block.gated)
+        ctx.num_tokens = block.rows and block.rows.num_tokens
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, h, w_in, w_out, weight = ctx.saved_tensors
-        block, kernels = ctx.block, triton_kernels("expert_ffn", x)
+        x, h, w_in, w_out, weight, counts, *indices = ctx.saved_tensors
+        block = Block(counts, Rows(*indices, num_tokens=ctx.num_tokens) if indices else None, *ctx.settings)
+        kernels = triton_kernels("expert_ffn", x)
         if kernels is None:
             return *_backward(grad, x, h, w_in, w_out, weight, block, ctx.needs_input_grad[:4]), None
         low = (w_in.to(x.dtype), w_out.to(x.dtype))
@@ -117,12 +121,12 @@ def _forward(x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor | None, bloc
     act = ACTIVATIONS[block.activation]
     for expert, run, _, _ in _runs(counts):
         gathered, a = (t[: run.stop - run.start] for t in scratch)
-        _product(_take(x, rows, run, gathered), w_in[expert].to(x.dtype).t(), out=h[run])
+        product(_take(x, rows, run, gathered), w_in[expert].to(x.dtype).t(), out=h[run])
         gate, *up = h[run].chunk(2 if block.gated else 1, dim=1)
         act.forward_into(gate, a)
         if up:
             a.mul_(up[0])
-        _product(a, w_out[expert].to(x.dtype).t(), out=y[run])
+        product(a, w_out[expert].to(x.dtype).t(), out=y[run])
     return (y if rows is None else sum_rows(y, rows, weight)), h
 
 
@@ -162,7 +166,7 @@ def _backward(
         if sum_in is not None:
             sum_in.add(expert, dh.t(), _take(x, rows, run, gathered), first=first, last=last)
         if grad_x is not None:
-            _product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
+            product(dh, w_in[expert].to(x.dtype), out=grad_x[run])
     if grad_x is not None and rows is not None:
         grad_x = sum_rows(grad_x, rows)
     return grad_x, grad_in, grad_out, grad_weight
@@ -190,16 +194,6 @@ def _take(x: Tensor, rows: Rows | None, run: slice, memory: Tensor) -> Tensor:
     return torch.index_select(x, 0, rows.token[run], out=out)
 
 
-def _product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
-    """out = a @ b, or added to it; out may have another dtype."""
-    if out.dtype != a.dtype:
-        out.add_(a @ b) if add else out.copy_(a @ b)
-    elif add:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
-
-
 class _WeightGradient:
     """Sums of products over the runs of each expert, in at least float32 whatever the gradient's dtype."""
 
@@ -211,7 +205,7 @@ class _WeightGradient:
     def add(self, expert: int, a: Tensor, b: Tensor, *, first: bool, last: bool) -> None:
         """Adds a @ b to the gradient of an expert."""
         into = self.grad[expert] if self.total is None or (first and last) else self.total
-        _product(a, b, out=into, add=not first)
+        product(a, b, out=into, add=not first)
         if last and into is self.total:
             self.grad[expert].copy_(into)
 

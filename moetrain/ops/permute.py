@@ -32,6 +32,10 @@ class Rows:
     bounds: Tensor | None
     num_tokens: int
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All but the number of tokens, for ``save_for_backward``: what hangs on a context is not dropped by recomputation."""
+        return self.token, self.place, self.bounds
+
     @staticmethod
     def of(token: Tensor, num_tokens: int) -> Rows:
         """Any number of rows per token, also none."""
@@ -95,27 +99,27 @@ def sum_rows(y: Tensor, rows: Rows, weight: Tensor | None = None) -> Tensor:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
-        ctx.rows = rows
+        ctx.save_for_backward(*rows.tensors())
+        ctx.num_tokens = rows.num_tokens
         return x.index_select(0, rows.token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return sum_rows(grad.contiguous(), ctx.rows), None
+        return sum_rows(grad.contiguous(), Rows(*ctx.saved_tensors, num_tokens=ctx.num_tokens)), None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(None if weight is None else y, weight)
-        ctx.rows = rows
+        ctx.save_for_backward(None if weight is None else y, weight, rows.token)
         return sum_rows(y, rows, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
-        rows = grad.index_select(0, ctx.rows.token)
-        y, weight = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+        y, weight, token = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+        rows = grad.index_select(0, token)
         if weight is None:
             return rows, None, None
         grad_weight = (rows.to(weight.dtype) * y).sum(dim=1)

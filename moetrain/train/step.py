@@ -70,11 +70,11 @@ def count_units(batches: Sequence[Batch], placed: ParallelModel, flags: Sequence
     return Totals(sums[0] // tensor, sums[1] // tensor, len(batches)), sums[2:]
 
 
-def make_context(batch: Batch, placed: ParallelModel, *, training: bool, seed: int, step: int, total_steps: int,
-                 totals: Totals | None = None) -> ForwardContext:  # fmt: skip
-    """The forward context of one micro-batch, which is still on CPU: which targets count is not read from a device."""
+def on_device(batch: Batch, placed: ParallelModel, *, training: bool, seed: int, step: int, total_steps: int,
+              totals: Totals | None = None) -> tuple[Batch, ForwardContext]:  # fmt: skip
+    """A micro-batch from CPU on the model's device, and its forward context. Which targets count is not read from a device."""
     valid, batch = batch.valid(), batch.to(placed.device)
-    return ForwardContext(
+    ctx = ForwardContext(
         batch_size=batch.tokens.shape[0],
         seq_len=batch.tokens.shape[1],
         valid=None if valid is None else valid.to(placed.device, non_blocking=True),
@@ -88,6 +88,7 @@ def make_context(batch: Batch, placed: ParallelModel, *, training: bool, seed: i
         totals=None if totals is None else totals.by_scope(),
         reducer=placed.reducer,
     )
+    return batch, ctx
 
 
 def accumulate_gradients(
@@ -108,8 +109,7 @@ def accumulate_gradients(
     terms: dict[str, Tensor] = {}
     statistics: dict[str, LayerStatistics] = {}
     for batch in batches:
-        ctx = make_context(batch, placed, training=True, seed=seed, step=step, total_steps=total_steps, totals=totals)
-        batch = batch.to(placed.device)
+        batch, ctx = on_device(batch, placed, training=True, seed=seed, step=step, total_steps=total_steps, totals=totals)
         with phases("forward"):
             sums = objective(placed.model, batch, ctx)
             ctx.losses.update({name: value * (world / tokens) for name, value in sums.extra.items()})
@@ -151,8 +151,7 @@ def evaluate_loss(placed: ParallelModel, objective: Objective, batches: Iterable
     placed.model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=placed.device)
     for batch in batches:
-        ctx = make_context(batch, placed, training=False, seed=0, step=0, total_steps=1)
-        batch = batch.to(placed.device)
+        batch, ctx = on_device(batch, placed, training=False, seed=0, step=0, total_steps=1)
         sums[0] += objective(placed.model, batch, ctx).main
         sums[1] += (batch.targets != IGNORE).sum()
     placed.reshard()

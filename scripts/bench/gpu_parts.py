@@ -433,12 +433,11 @@ def synchronisation(record: Record, options: argparse.Namespace) -> None:
     """Between the start of a forward and the end of its backward the host never waits; what does in the rest of a step is listed."""
     from gpu_model import Run, count_units
 
-    from moetrain.train.step import make_context
+    from moetrain.train.step import on_device
 
     run = Run("tiny")
     totals, _ = count_units(run.batches, run.placed)
-    ctx = make_context(run.batches[0], run.placed, training=True, seed=0, step=0, total_steps=2, totals=totals)
-    batch = run.batches[0].to(DEVICE)
+    batch, ctx = on_device(run.batches[0], run.placed, training=True, seed=0, step=0, total_steps=2, totals=totals)
 
     def forward_and_backward() -> None:
         ctx.losses.clear()

@@ -35,7 +35,7 @@ from moetrain.parallel.ranks import Ranks
 from moetrain.train.data import BatchPlan
 from moetrain.train.flops import FlopCounter
 from moetrain.train.restore import RestoredRun, restore
-from moetrain.train.step import make_context
+from moetrain.train.step import on_device
 
 RESULTS = Path(__file__).parent / "results" / "routing.jsonl"
 REPORT = Path(__file__).parents[2] / "docs" / "experiments" / "README.md"
@@ -216,7 +216,7 @@ def measure(trained: RestoredRun, noise: float = 0.0) -> dict[str, float]:
     hooks = [layer.router.register_forward_hook(observe(name)) for name, layer in layers.items()]
     loss, tokens, statistics = 0.0, 0, {}
     for batch in evaluation_batches(trained, noise):
-        ctx = make_context(batch, trained.placed, training=False, seed=0, step=0, total_steps=1)
+        batch, ctx = on_device(batch, trained.placed, training=False, seed=0, step=0, total_steps=1)
         loss += float(objective(model, batch, ctx).main)
         tokens += int((batch.targets != IGNORE).sum())
         for name, layer in ctx.statistics.items():
@@ -252,8 +252,8 @@ def disagreement(trained: RestoredRun) -> float:
     for batch in evaluation_batches(trained):
         logits = []
         for seed in (0, 1):
-            ctx = make_context(batch, trained.placed, training=False, seed=seed, step=0, total_steps=1)
-            logits.append(model(batch.tokens, ctx, document=batch.document).flatten(0, 1))
+            placed, ctx = on_device(batch, trained.placed, training=False, seed=seed, step=0, total_steps=1)
+            logits.append(model(placed.tokens, ctx, document=placed.document).flatten(0, 1))
         valid = batch.targets.flatten() != IGNORE
         total += float(symmetric_divergence(*logits, model.vocabulary)[valid].sum())
         tokens += int(valid.sum())

@@ -12,7 +12,7 @@ from moetrain.ops import count
 from moetrain.parallel.layouts import Layout
 from moetrain.testing.layouts import Training
 from moetrain.testing.scenarios import SCENARIOS
-from moetrain.train.step import count_units, make_context
+from moetrain.train.step import count_units, on_device
 
 WAITING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::masked_select", "aten::equal", "aten::is_nonzero",
@@ -71,8 +71,8 @@ def forward_and_backward(scenario, device="cpu"):
     training.placed.device = torch.device(device)
     (batch,) = training.batches(0)
     totals, _ = count_units([batch], training.placed)
-    ctx = make_context(batch, training.placed, training=True, seed=0, step=0, total_steps=2, totals=totals)
-    batch, objective = batch.to(training.placed.device), scenario.objective.build()
+    batch, ctx = on_device(batch, training.placed, training=True, seed=0, step=0, total_steps=2, totals=totals)
+    objective = scenario.objective.build()
 
     def run():
         ctx.losses.clear()
