@@ -101,7 +101,7 @@ class _ExpertFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, h, w_in, w_out, weight, counts, *indices = ctx.saved_tensors
-        block = Block(counts, Rows(*indices, num_tokens=ctx.num_tokens) if indices else None, *ctx.settings)
+        block = Block(counts, Rows(indices[0], indices[1], indices[2], ctx.num_tokens) if indices else None, *ctx.settings)
         kernels = triton_kernels("expert_ffn", x)
         if kernels is None:
             return *_backward(grad, x, h, w_in, w_out, weight, block, ctx.needs_input_grad[:4]), None

@@ -106,7 +106,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return sum_rows(grad.contiguous(), Rows(*ctx.saved_tensors, num_tokens=ctx.num_tokens)), None
+        token, place, bounds = ctx.saved_tensors
+        return sum_rows(grad.contiguous(), Rows(token, place, bounds, ctx.num_tokens)), None
 
 
 class _CombineRows(torch.autograd.Function):
