@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from moetrain import registry
-from moetrain.config import defaults, load
+from moetrain.config import defaults, load, unknown
 from moetrain.errors import ConfigError, MoetrainError, Problem
 from moetrain.train.settings import Config
 
@@ -88,7 +89,7 @@ def compose(*overrides: str) -> dict[str, Any]:
         with hydra.initialize_config_module("moetrain.configs", version_base="1.3"):
             plain = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_message(error)) from error
+        raise _refusal(error) from error
     return {"loss": {}, **plain}  # type: ignore[dict-item]
 
 
@@ -114,7 +115,7 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
             try:
                 plain = OmegaConf.to_container(composed, resolve=True)
             except OmegaConfBaseException as error:
-                raise ConfigError(_message(error)) from error
+                raise _refusal(error) from error
             job({"loss": {}, **plain})  # type: ignore[dict-item]
         except MoetrainError as error:
             if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
@@ -129,10 +130,10 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_message(error)) from error
+        raise _refusal(error) from error
     except ValueError as error:
         if str(error).startswith("Config group override"):
-            raise ConfigError(_message(error)) from error
+            raise _refusal(error) from error
         raise
     finally:
         sys.argv = previous
@@ -141,6 +142,21 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
     if failures:
         lines = "\n".join(f"  {' '.join(overrides)}: {error}" for overrides, error in failures)
         raise SweepError(f"{len(failures)} jobs of the sweep failed:\n{lines}", failures[0][1].exit_code)
+
+
+def _refusal(error: Exception) -> ConfigError:
+    """An error of Hydra's or OmegaConf's in our words: for a key or an option that is not there, those that are."""
+    from hydra.errors import MissingConfigException
+    from omegaconf import DictConfig
+
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.partition("/")
+        return ConfigError([Problem(group, option, unknown("option", option, error.options))])
+    parent, override = getattr(error.__cause__, "parent_node", None), re.search(r"use \+(\S+?)=(.*)", str(error))
+    if override is None or not isinstance(parent, DictConfig):
+        return ConfigError(_message(error))
+    key = str(error.__cause__.key)  # type: ignore[union-attr]
+    return ConfigError([Problem(override[1], override[2], unknown("key", key, map(str, parent)))])
 
 
 def _message(error: Exception) -> str:

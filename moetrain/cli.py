@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # before torch is imported: OpenMP threads that wait by spinning slow each other down several times over as soon
     # as the machine has anything else to do
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports its own start and stop, on every rank
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
     if command == "--version":
@@ -281,7 +282,6 @@ def bench_profile(arguments: list[str]) -> int:
 
 def bench_layer(arguments: list[str]) -> int:
     """moetrain bench layer: one layer's time over that of its matrix products."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: its profiler, which sees the memory, prints when it starts
     import statistics
 
     from moetrain.launch.bench import LayerSettings, layer

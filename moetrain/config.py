@@ -107,6 +107,13 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def unknown(what: str, name: str, valid: Iterable[str]) -> str:
+    """What is wrong with a name that is not among the valid ones, for :class:`Problem`. what: ``key``, ``option``."""
+    close = difflib.get_close_matches(name, valid := list(valid), n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    return f"unknown {what}{hint}; valid {what}s: {', '.join(valid) or 'none'}"
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -122,9 +129,7 @@ def _dataclass(cls: type, data: Any, path: str, problems: list[Problem]) -> Any:
     hints = _hints(cls)
     for key in data:
         if key not in fields and key != "kind":
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f", did you mean {close[0]}?" if close else ""
-            problems.append(Problem(_join(path, str(key)), data[key], f"unknown key{hint}; valid keys: {', '.join(fields) or 'none'}"))
+            problems.append(Problem(_join(path, str(key)), data[key], unknown("key", str(key), fields)))
     values = {}
     for name, f in fields.items():
         here = _join(path, name)

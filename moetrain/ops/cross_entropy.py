@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if grad and ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(rows, dtype=wide) if grad and ctx.needs_input_grad[1] else None
-        nll, z = hidden.new_zeros(2, dtype=wide).unbind()
+        nll, z = (hidden.new_zeros((), dtype=wide) for _ in range(2))  # no views: FSDP warns of them
         for start in range(0, hidden.shape[0], chunk):
             x, target = hidden[start : start + chunk], targets[start : start + chunk]
             counts = target != ignore

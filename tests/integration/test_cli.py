@@ -20,14 +20,15 @@ def test_overview_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["train.stepss=3"], "train.stepss"),
+        (["train.stepss=3"], "train.stepss = '3': unknown key, did you mean steps?; valid keys: steps, seed,"),
+        (["trian.steps=3"], "trian.steps = '3': unknown key, did you mean train?; valid keys:"),
         (["++unknown.key=1"], "unknown = {'key': 1}: unknown key"),
         (["++model.foo=1", "train.steps=abc", "optim.lr=-1"], "3 problems"),
         (["train.steps=abc"], "train.steps = 'abc': must be an integer"),
         (["router.top_k=99"], "router.top_k = 99: must be <= experts.num_experts (32)"),
         (["router=deepseek_v3", "router.num_groups=5"], "router.num_groups = 5: must divide the 32 experts"),
         (["data.seq_len=0"], "data.seq_len = 0: must be >= 1"),
-        (["model=nope"], "Could not find 'model/nope'"),
+        (["model=nope"], "model = 'nope': unknown option; valid options: deepseek_moe"),
         (["data=text", "data.path=missing.txt"], "missing.txt"),
         (["checkpoint.resume=nowhere"], "checkpoint.resume = 'nowhere'"),
         (["parallel.tensor=2"], "parallel.tensor = 2"),

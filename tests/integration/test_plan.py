@@ -93,7 +93,7 @@ def test_without_a_trace_or_a_run(workspace, capsys):
         (["train.device=cpu", "launch.nproc_per_node=1"], "ranks_per_node = 1: one rank has nothing to choose"),
         (["cluster=h100", "model=dense_tiny"], "model = 'deepseek_moe': has no MoE layers"),
         (["cluster=h100", "parallel.tensor=2"], "parallel.tensor = 2: is not simulated"),
-        (["cluster=h100", "model=nope"], "Could not find 'model/nope'"),
+        (["cluster=h100", "model=nope"], "model = 'nope': unknown option; valid options: deepseek_moe"),
         (["cluster=h100", "train.steps=abc"], "train.steps = 'abc': must be an integer"),
     ],
 )
