@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from moetrain.testing.layer_bench import (
     CopyLimit,
@@ -95,6 +94,8 @@ class Worker:
 
     def build(self, layer_case: LayerCase, inputs: str, expected: str) -> dict[str, Any]:
         """Error and peak memory of the first steps."""
+        from safetensors.torch import load_file  # here: gpu_parts.py imports this file where it may be missing
+
         own = rank_share(load_file(inputs), RANK, RANKS)
         self.layer = self.adapter.build(layer_case, cast_inputs(own, layer_case, self.device), self.variant)
         self.layer.prepare()

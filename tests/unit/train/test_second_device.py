@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import backend_registration
 
 SCRIPT = Path(__file__).parents[2] / "second_device.py"
 SINGLE = ["deepseek", "glam_capacity", "zero_experts", "ragged_recompute", "noisy_gates", "stochastic", "zipf"]
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch makes no devices in Python"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch makes no devices in Python"
+    ),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="torch takes one kind of accelerator at a time"),
+]
 
 
 @pytest.mark.parametrize(("kind", "scenarios"), [("single", SINGLE), ("placed", ["padded"])])
