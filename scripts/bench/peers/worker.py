@@ -133,6 +133,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # implementations print
     name, device = sys.argv[1:]
+    if device == "cuda":  # NCCL refuses two ranks on one GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         worker = Worker(name, torch.device(device))
         first = worker.describe()
