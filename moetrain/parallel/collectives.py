@@ -199,7 +199,7 @@ class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
         ctx.group = group
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)  # NCCL refuses any other
         dist.all_reduce(x, group=group)
         return x
 

@@ -103,8 +103,10 @@ class Copies:
     def post(self) -> None:
         """Start the transfer, unless the copies are here or on their way."""
         if self.buffer is None and self.pending is None:
+            # a list as an index would be copied to a GPU while the host waits for all that is queued there
+            index = on_device(np.asarray(self.transfer.rows, dtype=np.int64), self.weights[0].device)
             with torch.no_grad():
-                rows = torch.cat([w.detach()[self.transfer.rows].flatten(1).to(self.dtype) for w in self.weights], dim=1)
+                rows = torch.cat([w.index_select(0, index).flatten(1).to(self.dtype) for w in self.weights], dim=1)
             self.pending = self.transfer.gather(rows)
 
     def wait(self) -> Tensor:

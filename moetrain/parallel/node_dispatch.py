@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.ops.count import count
 from moetrain.ops.permute import Rows, combine_rows, gather_rows
 from moetrain.parallel.collectives import Peers, all_to_all_rows, gather_counts
 from moetrain.parallel.indices import on_device, ranges, repeated
@@ -63,7 +64,7 @@ def plan_nodes(token: Tensor, rows: Integers, slots: Integers, num_tokens: int, 
     node_rows = rows.sum(axis=1)  # [R, R] entries from rank to rank
     node = repeated(on_device(cluster.node, device), node_rows[rank])
     unique, inverse = torch.unique(node * num_tokens + token, return_inverse=True)
-    counts = gather_counts(torch.bincount(unique // num_tokens, minlength=cluster.num_nodes), peers)
+    counts = gather_counts(count(unique // num_tokens, cluster.num_nodes), peers)
     tokens_to_node = counts.cpu().numpy()  # [R, N] the second host copy of a layer, only with two hops
     first = np.cumsum(tokens_to_node[rank]) - tokens_to_node[rank]
     local = inverse - on_device(first, device)[node]

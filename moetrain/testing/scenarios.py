@@ -176,7 +176,7 @@ class DrawnRouter(LinearRouter):
 
     def draw(self, chance: Tensor) -> Tensor:
         """[T, K] experts, without replacement, by the Gumbel maximum trick. chance: [T, E] in [0, 1)."""
-        place = torch.arange(1, self.num_experts + 1, dtype=chance.dtype)
+        place = torch.arange(1, self.num_experts + 1, dtype=chance.dtype, device=chance.device)
         popularity = {"uniform": torch.ones_like(place), "zipf": place**-1.2, "one": (place == 1).to(chance.dtype)}[self.config.skew]
         return (popularity.log() - (-chance.log()).log()).topk(self.config.top_k, dim=1).indices
 

@@ -88,7 +88,7 @@ class Checkpointer:
         # One group for the whole run, used by one thread at a time: two saves in flight would deadlock.
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if is_distributed else None
         self._team = _Team(group)
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if async_save else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=_same_gpu()) if async_save else None
         self._pending: tuple[_Draft, Future[list[_Chunk]]] | None = None
         self._lock: IO[str] | None = None
         self._team.lead(self._open)
@@ -402,6 +402,14 @@ def _host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # not by DTensor.from_local, which would move the copy back to the mesh's device
     copies = {key: DTensor(t.to_local().to("cpu", copy=True), t._spec, requires_grad=False) for key, t in views.items()}
     return {**staged, **copies}
+
+
+def _same_gpu() -> Callable[[], None]:
+    """For a thread to begin with: the GPU of this one. Threads start with the first GPU of the machine; DCP synchronises the
+    current one, also when all tensors are in host memory, which would take some hundred MB there for each rank."""
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 _held_locks: set[IO[str]] = set()

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from moetrain.testing.layer_bench import (
     CopyLimit,
@@ -95,6 +94,8 @@ class Worker:
 
     def build(self, layer_case: LayerCase, inputs: str, expected: str) -> dict[str, Any]:
         """Error and peak memory of the first steps."""
+        from safetensors.torch import load_file  # here: gpu_parts.py imports this file where it may be missing
+
         own = rank_share(load_file(inputs), RANK, RANKS)
         self.layer = self.adapter.build(layer_case, cast_inputs(own, layer_case, self.device), self.variant)
         self.layer.prepare()
@@ -132,6 +133,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # implementations print
     name, device = sys.argv[1:]
+    if device == "cuda":  # NCCL refuses two ranks on one GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         worker = Worker(name, torch.device(device))
         first = worker.describe()

@@ -17,7 +17,7 @@ BLOCK = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"hydra", "omegaconf", "antlr4", "datasets", "wandb", "yaml", "tokenizers", "rich"}:
+        if name.partition(".")[0] in {"hydra", "omegaconf", "antlr4", "datasets", "wandb", "yaml", "tokenizers", "rich", "safetensors"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 """

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from moetrain.parallel.collectives import sum_over
 from moetrain.parallel.indices import ranges, regroup
 from moetrain.parallel.layouts import AutoConfig, EPConfig, FSDPConfig, Layout, SingleConfig
 from moetrain.parallel.ranks import Ranks
@@ -67,3 +69,13 @@ def test_every_rank_is_in_one_group_of_each_kind():
 def test_neighbours_in_the_tensor_dimension_share_their_data():
     places = [Ranks(rank, 6, rank, 6).data_parallel(2) for rank in range(6)]
     assert [(p.rank, p.world_size) for p in places] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]
+
+
+def test_a_sum_over_ranks_is_given_contiguous_tensors(monkeypatch):
+    given = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: given.append(tensor))
+    x = torch.arange(6.0).view(2, 3).t().requires_grad_()
+    y = sum_over(x, None)
+    y.backward(torch.ones(3, 1).expand(3, 2))
+    assert len(given) == 2 and all(tensor.is_contiguous() for tensor in given)
+    assert torch.equal(y, x) and torch.equal(x.grad, torch.ones(3, 2))

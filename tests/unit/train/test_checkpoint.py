@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -286,6 +287,15 @@ def test_an_asynchronous_save_is_independent_of_later_updates_in_place(tmp_path:
         assert_holds(checkpoint.latest(tmp_path), 5)
         with pytest.raises(RuntimeError, match="no checkpoint is pending"):
             checkpointer.commit()
+
+
+def test_the_writers_thread_takes_the_gpu_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append((device, threading.current_thread().name)))
+    save(tmp_path, 5, async_save=True)
+    assert taken == [(3, "checkpoint_0")]
 
 
 def test_an_asynchronous_save_is_done_in_the_background_and_committed_by_the_next(tmp_path: Path) -> None:
