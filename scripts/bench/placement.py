@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moetrain.components  # noqa: F401  fills the registry
+from moetrain.launch.local import keep_freed_memory
 from moetrain.models.common.decoder import Block, Decoder
 from moetrain.models.common.layers import RMSNorm
 from moetrain.moe.context import ForwardContext, RouterContext
@@ -333,6 +334,7 @@ def measure(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     Raises AssertionError if the systems' outputs or gradients differ.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     steps = case.warmup + case.rounds
     arguments = (case.tokens * world_size, case.experts, case.top_k, case.seed)
     trace = routing_trace(case.trace, steps, *arguments)
