@@ -32,36 +32,46 @@ PART = tl.constexpr(32)
 
 
 def grouped_gemm(
-    x: Tensor, w: Tensor, counts: Tensor, *, source: Tensor | None = None, transposed: bool, scale: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    counts: Tensor,
+    *,
+    source: Tensor | None = None,
+    transposed: bool,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y[n] = scale[n] * x[source[n]] @ (w[e(n)]^T if transposed else w[e(n)]).
 
     x: [T, depth]; source: [N] int64, None: row n is x[n]; w: [e, width, depth] if transposed, else [e, depth, width];
-    counts: [e] int64, their sum is N; scale: [N] float32. Returns [N, width] in x's dtype.
+    counts: [e] int64, their sum is N; scale: [N] float32. Returns [N, width] in x's dtype, in ``out`` if there is one.
     """
     num_rows = x.shape[0] if source is None else source.shape[0]
-    y = x.new_empty(num_rows, w.shape[1] if transposed else w.shape[2])
+    y = x.new_empty(num_rows, w.shape[1] if transposed else w.shape[2]) if out is None else out
     if y.numel():
         is_easy, shared = _check(x, w, y, source)
         _plain.serving(is_easy)[_grid(num_rows, y.shape[1], counts)](
             x, source, w, counts, scale, y, num_rows, y.shape[1], x.shape[1], bucket(num_rows, len(counts)), len(counts),
-            SCALED=scale is not None, TRANSPOSED=transposed, **shared,
+            w.stride(0), SCALED=scale is not None, TRANSPOSED=transposed, **shared,
         )  # fmt: skip
     return y
 
 
-def activation_gemm(x: Tensor, w: Tensor, counts: Tensor, *, source: Tensor | None, activation: str, gated: bool) -> tuple[Tensor, Tensor]:
+def activation_gemm(
+    x: Tensor, w: Tensor, counts: Tensor, *, source: Tensor | None, activation: str, gated: bool, h: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """h[n] = x[source[n]] @ w[e(n)]^T and a = act(h) or, gated, act(first half of h) * second half.
 
-    x: [T, D]; w: [e, 2F or F, D]; returns h [N, 2F or F] and a [N, F] in x's dtype; a is computed from the rounded h.
+    x: [T, D]; w: [e, 2F or F, D]; returns h [N, 2F or F] (in the memory given, if any) and a [N, F] in x's dtype; a is computed
+    from the rounded h.
     """
     num_rows = x.shape[0] if source is None else source.shape[0]
     hidden = w.shape[1] // 2 if gated else w.shape[1]
-    h, a = x.new_empty(num_rows, w.shape[1]), x.new_empty(num_rows, hidden)
+    h, a = x.new_empty(num_rows, w.shape[1]) if h is None else h, x.new_empty(num_rows, hidden)
     if a.numel():
         is_easy, shared = _check(x, w, a, source)
         _activation.serving(is_easy)[_grid(num_rows, hidden, counts)](
-            x, source, w, counts, h, a, num_rows, hidden, x.shape[1], bucket(num_rows, len(counts)), len(counts),
+            x, source, w, counts, h, a, num_rows, hidden, x.shape[1], bucket(num_rows, len(counts)), len(counts), w.stride(0),
             ACTIVATION=activation, GATED=gated, **shared,
         )  # fmt: skip
     return h, a
@@ -82,16 +92,17 @@ def activation_backward_gemm(
         is_easy, shared = _check(grad, w, weighted, source)
         _activation_backward.serving(is_easy)[_grid(num_rows, hidden, counts)](
             grad, source, w, counts, h, weight, grad_h, weighted, dots, num_rows, hidden, grad.shape[1],
-            bucket(num_rows, len(counts)), len(counts), ACTIVATION=activation, GATED=gated, WEIGHTED=weight is not None, **shared,
+            bucket(num_rows, len(counts)), len(counts), w.stride(0), ACTIVATION=activation, GATED=gated,
+            WEIGHTED=weight is not None, **shared,
         )  # fmt: skip
     return grad_h, weighted, None if dots is None else dots.sum(1)
 
 
 def _check(x: Tensor, w: Tensor, y: Tensor, source: Tensor | None) -> tuple[bool, dict[str, object]]:
     """Whether x, w and the result y are easy, and constants that all launches share; checks what the kernels take for granted."""
-    assert x.is_contiguous() and w.is_contiguous() and x.dtype == w.dtype
+    assert x.is_contiguous() and w.stride()[1:] == (w.shape[2], 1) and y.is_contiguous() and x.dtype == w.dtype
     assert w.shape[1] * w.shape[2] < LARGEST_MATRIX, f"one expert's matrix of {tuple(w.shape[1:])} needs 64-bit offsets"
-    is_easy = easy(x, w, y)
+    is_easy = easy(x, w, y) and w.stride(0) % 16 == 0
     boxed = prepare_boxes(is_easy)
     return is_easy, {
         "EXPERTS": triton.next_power_of_2(max(len(w), 1)),
@@ -175,18 +186,20 @@ def _weight_tile(
     k: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
+    apart: tl.tensor,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BOXED: tl.constexpr,
 ) -> tl.tensor:
-    """[DEPTH, COLUMNS] of an expert's matrix, which lies in memory as [width, depth] if TRANSPOSED, else as [depth, width]."""
+    """[DEPTH, COLUMNS] of an expert's matrix, which lies in memory as [width, depth] if TRANSPOSED, else as [depth, width];
+    ``apart``: elements from one expert's matrix to the next."""
     if BOXED:
         values = w_box.load([expert, first, k]) if TRANSPOSED else w_box.load([expert, k, first])
         values = tl.trans(tl.reshape(values, [COLUMNS, DEPTH])) if TRANSPOSED else tl.reshape(values, [DEPTH, COLUMNS])
     else:
         row, column = k + tl.arange(0, DEPTH), first + tl.arange(0, COLUMNS)
-        matrix = w + expert.to(tl.int64) * width * depth
+        matrix = w + expert.to(tl.int64) * apart
         offset = row[:, None] + column[None, :] * depth if TRANSPOSED else row[:, None] * width + column[None, :]
         values = tl.load(matrix + offset, mask=(row[:, None] < depth) & (column[None, :] < width), other=0.0)
     return values
@@ -209,6 +222,7 @@ def _describe_weights(
     num_experts: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
+    apart: tl.tensor,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -217,7 +231,7 @@ def _describe_weights(
     """A descriptor of all experts' matrices; a box never reaches into the next expert's."""
     box = w
     if BOXED:
-        stride = tl.cast(width, tl.int64) * depth
+        stride = tl.cast(apart, tl.int64)
         if TRANSPOSED:
             box = tl.make_tensor_descriptor(w, [num_experts, width, depth], [stride, depth, 1], [1, COLUMNS, DEPTH])
         else:
@@ -226,7 +240,7 @@ def _describe_weights(
 
 
 @tuned("plain", ["width", "depth", "bucket", "TRANSPOSED"])
-@triton.jit(do_not_specialize=["num_rows", "bucket"])
+@triton.jit(do_not_specialize=["num_rows", "bucket"], do_not_specialize_on_alignment=["token", "counts", "scale"])
 def _plain(
     x: tl.tensor,
     token: tl.tensor,
@@ -239,6 +253,7 @@ def _plain(
     depth: tl.tensor,
     bucket: tl.tensor,
     num_experts: tl.tensor,
+    apart: tl.tensor,
     SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -254,7 +269,7 @@ def _plain(
 ) -> None:
     DEPTH: tl.constexpr = DEPTH_BYTES // (x.dtype.element_ty.primitive_bitwidth // 8)
     x_box = _describe_rows(x, num_rows, depth, ROWS, DEPTH, X_BOXED)
-    w_box = _describe_weights(w, num_experts, width, depth, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
+    w_box = _describe_weights(w, num_experts, width, depth, apart, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
     column_tiles = tl.cdiv(width, COLUMNS)
     total = tl.sum((sizes + ROWS - 1) // ROWS, 0) * column_tiles
@@ -264,7 +279,7 @@ def _plain(
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             left = _row_tile(x, x_box, index, first, k, depth, DEPTH, X_BOXED)
-            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, width, depth, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
+            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, width, depth, apart, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
         row, column = first + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
         if SCALED:
@@ -274,7 +289,7 @@ def _plain(
 
 
 @tuned("activation", ["hidden", "depth", "bucket", "GATED"])
-@triton.jit(do_not_specialize=["num_rows", "bucket"])
+@triton.jit(do_not_specialize=["num_rows", "bucket"], do_not_specialize_on_alignment=["token", "counts"])
 def _activation(
     x: tl.tensor,
     token: tl.tensor,
@@ -287,6 +302,7 @@ def _activation(
     depth: tl.tensor,
     bucket: tl.tensor,
     num_experts: tl.tensor,
+    apart: tl.tensor,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -303,7 +319,7 @@ def _activation(
     DEPTH: tl.constexpr = DEPTH_BYTES // (x.dtype.element_ty.primitive_bitwidth // 8)
     width = hidden * (2 if GATED else 1)
     x_box = _describe_rows(x, num_rows, depth, ROWS, DEPTH, X_BOXED)
-    w_box = _describe_weights(w, num_experts, width, depth, COLUMNS, DEPTH, True, W_BOXED)
+    w_box = _describe_weights(w, num_experts, width, depth, apart, COLUMNS, DEPTH, True, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
     column_tiles = tl.cdiv(hidden, COLUMNS)
     total = tl.sum((sizes + ROWS - 1) // ROWS, 0) * column_tiles
@@ -315,10 +331,10 @@ def _activation(
         up = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             left = _row_tile(x, x_box, index, first, k, depth, DEPTH, X_BOXED)
-            right = _weight_tile(w, w_box, expert, first_column, k, width, depth, COLUMNS, DEPTH, True, W_BOXED)
+            right = _weight_tile(w, w_box, expert, first_column, k, width, depth, apart, COLUMNS, DEPTH, True, W_BOXED)
             gate = tl.dot(left, right, gate, input_precision=PRECISION)
             if GATED:
-                right = _weight_tile(w, w_box, expert, first_column + hidden, k, width, depth, COLUMNS, DEPTH, True, W_BOXED)
+                right = _weight_tile(w, w_box, expert, first_column + hidden, k, width, depth, apart, COLUMNS, DEPTH, True, W_BOXED)
                 up = tl.dot(left, right, up, input_precision=PRECISION)
         row, column = first + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
         inside = (row[:, None] < end) & (column[None, :] < hidden)
@@ -334,7 +350,7 @@ def _activation(
 
 
 @tuned("activation_backward", ["hidden", "depth", "bucket", "GATED"])
-@triton.jit(do_not_specialize=["num_rows", "bucket"])
+@triton.jit(do_not_specialize=["num_rows", "bucket"], do_not_specialize_on_alignment=["token", "counts", "weight"])
 def _activation_backward(
     grad: tl.tensor,
     token: tl.tensor,
@@ -350,6 +366,7 @@ def _activation_backward(
     depth: tl.tensor,
     bucket: tl.tensor,
     num_experts: tl.tensor,
+    apart: tl.tensor,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -366,7 +383,7 @@ def _activation_backward(
 ) -> None:
     DEPTH: tl.constexpr = DEPTH_BYTES // (grad.dtype.element_ty.primitive_bitwidth // 8)
     grad_box = _describe_rows(grad, num_rows, depth, ROWS, DEPTH, X_BOXED)
-    w_box = _describe_weights(w, num_experts, hidden, depth, COLUMNS, DEPTH, False, W_BOXED)
+    w_box = _describe_weights(w, num_experts, hidden, depth, apart, COLUMNS, DEPTH, False, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
     column_tiles = tl.cdiv(hidden, COLUMNS)
     total = tl.sum((sizes + ROWS - 1) // ROWS, 0) * column_tiles
@@ -376,7 +393,7 @@ def _activation_backward(
         grad_a = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             left = _row_tile(grad, grad_box, index, first, k, depth, DEPTH, X_BOXED)
-            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, hidden, depth, COLUMNS, DEPTH, False, W_BOXED)
+            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, hidden, depth, apart, COLUMNS, DEPTH, False, W_BOXED)
             grad_a = tl.dot(left, right, grad_a, input_precision=PRECISION)
         row = first + tl.arange(0, ROWS)
         factor = tl.load(weight + row, mask=row < end, other=0.0) if WEIGHTED else 1.0

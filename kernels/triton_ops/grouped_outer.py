@@ -86,7 +86,7 @@ def _source_index(source: tl.tensor, begin: tl.tensor, end: tl.tensor, DEPTH: tl
 
 
 @tuned("outer", ["height", "width", "bucket"])
-@triton.jit(do_not_specialize=["num_rows", "bucket"])
+@triton.jit(do_not_specialize=["num_rows", "bucket"], do_not_specialize_on_alignment=["source", "counts"])
 def _outer(
     left: tl.tensor,
     right: tl.tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from moetrain.moe.context import RouterContext
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import PAD, Routing
+from moetrain.ops.expert_sets import ExpertSet
 from moetrain.ops.permute import Rows
 from moetrain.ops.sort import sort_by_expert
 
@@ -72,4 +73,4 @@ class LocalExecutor:
 
     def __call__(self, x: Tensor, routing: Routing, experts: Experts, ctx: RouterContext) -> Tensor:
         order = sort_entries(routing)
-        return experts.execute(x, order.rows, routing.weight[order.entry], order.counts, experts.weights())
+        return experts.execute(x, order.rows, routing.weight[order.entry], [ExpertSet(experts.weights(), order.counts)])

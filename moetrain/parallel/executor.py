@@ -23,6 +23,7 @@ from moetrain.moe.context import RouterContext
 from moetrain.moe.execution import sort_entries
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
+from moetrain.ops.expert_sets import ExpertSet
 from moetrain.ops.permute import Rows, combine_rows, gather_rows
 from moetrain.parallel.collectives import Exchange, Peers, gather_counts
 from moetrain.parallel.indices import on_device, ranges, regroup
@@ -168,20 +169,25 @@ class Copies:
         self.reduced = None
         self.links.returning.remove(self)
 
-    def kept_out_of_the_graph(self) -> AbstractContextManager[Any]:
-        """While the block runs, autograd keeps a reference to this object instead of the copies' memory: freed after the
-        forward, they are fetched again in the backward."""
-        storage = self.wait().untyped_storage().data_ptr()
 
-        def pack(tensor: Tensor) -> Any:
-            if tensor.untyped_storage().data_ptr() != storage or not tensor.numel():
-                return tensor
-            return tensor.size(), tensor.stride(), tensor.storage_offset()
+def kept_out_of_the_graph(copies: Sequence[Copies]) -> AbstractContextManager[Any]:
+    """While the experts run, autograd keeps a reference to these objects instead of the copies' memory: freed after the
+    forward, they are fetched again in the backward."""
+    by_storage = {c.wait().untyped_storage().data_ptr(): c for c in copies}
 
-        def unpack(saved: Any) -> Tensor:
-            return saved if isinstance(saved, Tensor) else self.wait().as_strided(*saved)
+    def pack(tensor: Tensor) -> Any:
+        found = by_storage.get(tensor.untyped_storage().data_ptr())
+        if found is None or not tensor.numel():
+            return tensor
+        return found, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-        return saved_tensors_hooks(pack, unpack)
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        found, *place = saved
+        return found.wait().as_strided(*place)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class _CopiedWeights(torch.autograd.Function):
@@ -337,22 +343,14 @@ class PlacedExecutor:
     ) -> Tensor:
         """Rows as they arrive, by source and slot, through the experts and back into that order."""
         there, counts = regroup(arriving, self.device), arriving.sum(axis=0)
-        if not copies:
-            return experts.execute(rows, there, None, on_device(counts, self.device), weights[0])
-        y = self.compute(gather_rows(rows, there), counts, weights, experts, copies)
-        return gather_rows(y, there.inverse())
-
-    def compute(
-        self, x: Tensor, counts: Integers, weights: Sequence[tuple[Tensor, ...]], experts: Experts, copies: Sequence[Copies]
-    ) -> Tensor:
-        """Rows in the order of this rank's slots, owned experts first, through owned and copied experts."""
-        forget = self.rematerialize and not self.recompute and torch.is_grad_enabled()
-        by_set = np.split(counts, np.cumsum([w[0].shape[0] for w in weights])[:-1])
-        parts = []
-        for own, rows, slots, w in zip([None, *copies], x.split([int(c.sum()) for c in by_set]), by_set, weights, strict=True):
-            with own.kept_out_of_the_graph() if forget and own is not None else nullcontext():
-                parts.append(experts.compute(rows, on_device(slots, self.device), w))
-        y = torch.cat(parts)
+        ends = np.cumsum([w[0].shape[0] for w in weights])
+        parts = zip(
+            weights, on_device(counts, self.device).split(np.diff(ends, prepend=0).tolist()), np.split(counts, ends[:-1]), strict=True
+        )
+        sets = [ExpertSet(w, part, int(on_host.sum())) for w, part, on_host in parts]
+        forget = self.rematerialize and not self.recompute and torch.is_grad_enabled() and copies
+        with kept_out_of_the_graph(copies) if forget else nullcontext():
+            y = experts.execute(rows, there, None, sets)
         if forget:
             # in the backward every rank waits here: one that has no rows for its copies would not ask for them, and never
             # start the stages of their transfer in which it passes on what others need

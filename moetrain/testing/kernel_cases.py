@@ -18,6 +18,7 @@ from moetrain.kernels.triton_ops import expert_ffn, grouped_gemm, grouped_outer,
 from moetrain.kernels.triton_ops.segment_sum import segment_sum
 from moetrain.kernels.triton_ops.sort_experts import sort_by_expert
 from moetrain.ops.activations import hidden_activation
+from moetrain.ops.expert_sets import ExpertSet
 from moetrain.testing.tolerances import assert_close
 
 INTERPRETED = tiles.INTERPRETED
@@ -34,7 +35,8 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Case:
-    """Of the expert block. used: experts that get rows; the first ones get none."""
+    """Of the expert block. used: experts that get rows; the first ones get none. copied: of the experts, the last ones, which lie in
+    a buffer of their own."""
 
     tokens: int = 13
     width: int = 32
@@ -48,6 +50,7 @@ class Case:
     activation: str = "silu"
     gated: bool = True
     used: int | None = None
+    copied: int = 0
 
 
 CASES = {
@@ -75,6 +78,10 @@ CASES = {
     "no tokens": Case(tokens=0),
     "no tokens, no gather": Case(tokens=0, gather=False),
     "no experts": Case(experts=0, ragged=True, top_k=0),
+    "copies": Case(copied=2),
+    "copies, odd": Case(copied=1, ragged=True, width=19, hidden=23),
+    "copies without rows": Case(copied=2, used=5, tokens=1, top_k=1),
+    "copies, no gather": Case(copied=3, gather=False, weighted=False),
     "gelu": Case(activation="gelu"),
     "gelu_tanh": Case(activation="gelu_tanh"),
     "relu": Case(activation="relu"),
@@ -85,6 +92,7 @@ LARGE = {
     "fine, odd": Case(tokens=777, width=328, hidden=200, experts=60, top_k=6, used=50),
     "coarse": Case(tokens=1500, width=1024, hidden=1536, experts=8, top_k=2),
     "ragged, large": Case(tokens=700, width=272, hidden=528, experts=16, top_k=4, ragged=True),
+    "copies, large": Case(tokens=900, width=512, hidden=384, experts=12, top_k=2, copied=3),
     "no gather, large": Case(tokens=1023, width=512, hidden=384, experts=4, gather=False),
 }
 """Real tiles deserve real sizes."""
@@ -142,6 +150,20 @@ def make(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor
     return grad, x, w_in, w_out, counts, options
 
 
+def sets_of(case: Case, w_in: Tensor, w_out: Tensor, counts: Tensor) -> list[ExpertSet]:
+    """Own experts and copies, whose weights are parts of one buffer; their rows follow."""
+    if not case.copied:
+        return [ExpertSet((w_in, w_out), counts)]
+    flat, copied = (w_in.flatten(1), w_out.flatten(1)), slice(-case.copied, None)
+    parts = torch.cat(flat, dim=1)[copied].split([w.shape[1] for w in flat], dim=1)
+    views = tuple(part.unflatten(1, w.shape[1:]) for part, w in zip(parts, (w_in, w_out), strict=True))
+    rows = counts.cpu()
+    return [
+        ExpertSet((w_in[: -case.copied], w_out[: -case.copied]), counts[: -case.copied], int(rows[: -case.copied].sum())),
+        ExpertSet(views, counts[copied], int(rows[copied].sum())),
+    ]
+
+
 def reference(
     grad: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, counts: Tensor, *, token: Tensor | None, weight: Tensor | None,
     activation: Any, gated: bool, **_: Any,
@@ -172,12 +194,14 @@ def check_expert_block(case: Case, dtype: torch.dtype, kernel: str = "plain", in
 
 def _check_expert_block(case: Case, dtype: torch.dtype) -> None:
     grad, x, w_in, w_out, counts, options = make(case, dtype)
-    y, h = expert_ffn.forward(x, w_in, w_out, counts, **options)
-    found = expert_ffn.backward(grad, x, h, w_in, w_out, counts, **options)
+    sets = sets_of(case, w_in, w_out, counts)
+    y, h = expert_ffn.forward(x, sets, **options)
+    grad_x, grad_weight, gradients = expert_ffn.backward(grad, x, h, sets, **options)
+    grad_in, grad_out = (torch.cat([g for g in gradients[i::2] if g is not None]) for i in range(2))
     expected_y, expected = reference(grad, x, w_in, w_out, counts, **options)
     assert y.dtype == h.dtype == dtype
     assert_close(y, expected_y, "fast_path", name="y")
-    grads = dict(zip(("x", "w_in", "w_out", "weight"), found, strict=True))
+    grads = {"x": grad_x, "w_in": grad_in, "w_out": grad_out, "weight": grad_weight}
     if options["weight"] is None:
         assert grads.pop("weight") is None
     for name, value in grads.items():
@@ -186,19 +210,20 @@ def _check_expert_block(case: Case, dtype: torch.dtype) -> None:
         # the weight's gradient is float32, but h, of which it is made, has the inputs' precision
         assert_close(value.to(dtype), expected[name], "fast_path", name=f"grad_{name}")
     empty = counts == 0
-    assert not any(grad[empty].any() for grad in found[1:3] if grad is not None)
+    assert not any(grad[empty].any() for grad in (grad_in, grad_out))
 
 
 def check_strides() -> None:
     """A strided gradient and input of the expert block."""
     with only_tile("plain", 0):
         grad, x, w_in, w_out, counts, options = make(Case(), torch.float32)
-        y, h = expert_ffn.forward(x.t().contiguous().t(), w_in, w_out, counts, **options)
-        assert torch.equal(y, expert_ffn.forward(x, w_in, w_out, counts, **options)[0])
+        sets = [ExpertSet((w_in, w_out), counts)]
+        y, h = expert_ffn.forward(x.t().contiguous().t(), sets, **options)
+        assert torch.equal(y, expert_ffn.forward(x, sets, **options)[0])
         expanded = grad[:1].expand_as(grad)
-        strided = expert_ffn.backward(expanded, x, h, w_in, w_out, counts, **options)
-        plain = expert_ffn.backward(expanded.contiguous(), x, h, w_in, w_out, counts, **options)
-        for a, b in zip(strided, plain, strict=True):
+        *strided, strided_experts = expert_ffn.backward(expanded, x, h, sets, **options)
+        *plain, plain_experts = expert_ffn.backward(expanded.contiguous(), x, h, sets, **options)
+        for a, b in zip([*strided, *strided_experts], [*plain, *plain_experts], strict=True):
             assert a is not None and b is not None and torch.equal(a, b)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from moetrain.moe.context import ForwardContext
 from moetrain.moe.routers.topk import TopKRouter, TopKRouterConfig
 from moetrain.ops import expert_ffn
 from moetrain.ops.cross_entropy import linear_cross_entropy
+from moetrain.ops.expert_sets import ExpertSet
 from moetrain.ops.grouped_linear import grouped_linear
 from moetrain.ops.permute import Rows, combine_rows, gather_rows
 from moetrain.ops.rms_norm import rms_norm
@@ -125,7 +127,11 @@ def make_operations(sizes: OpSizes, device: torch.device) -> list[Operation]:
     x, y = normal(tokens, hidden), normal(numbers, hidden)
     w_in, w_out = normal(experts, 2 * width, hidden, std=hidden**-0.5), normal(experts, hidden, width, std=width**-0.5)
     weight = torch.rand(numbers, generator=generator).to(device, wide)
-    block = expert_ffn.Block(counts, rows, "silu", gated=True)
+
+    def block(op: Callable[..., Tensor], x: Tensor, w_in: Tensor, w_out: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        sets = [ExpertSet((w_in, w_out), counts)]
+        return (op(x, sets, rows=rows, weight=weight, activation="silu", gated=True),)
+
     head, targets = normal(sizes.vocab_size, hidden, std=hidden**-0.5), torch.randint(sizes.vocab_size, (tokens,), generator=generator)
     targets = targets.to(device)
     head_dim = HEAD_DIM if hidden % HEAD_DIM == 0 else hidden
@@ -160,8 +166,8 @@ def make_operations(sizes: OpSizes, device: torch.device) -> list[Operation]:
         ),
         Operation(
             "expert_ffn",
-            lambda **leaves: (expert_ffn.expert_ffn(**leaves, counts=counts, rows=rows, activation="silu", gated=True),),
-            lambda **leaves: (expert_ffn.reference(**leaves, block=block),),
+            partial(block, expert_ffn.expert_ffn),
+            partial(block, expert_ffn.reference),
             {"x": x, "w_in": w_in, "w_out": w_out, "weight": weight},
             again=["x", "w_in", "w_out", "weight"],
             indices=[rows.token],

@@ -97,7 +97,9 @@ class Build:
         constants = {**self.constants, **(self.tile.constants if self.tile else {})}
         types = {name: "constexpr" if name in constants else _type(name, self.dtype) for name in names}
         divisible = [["tt.divisibility", 16]]
-        attributes = {(i,): divisible for i, name in enumerate(names) if self.aligned and (types[name][0] == "*" or name in _SIZES)}
+        free = {p.name for p in self.function.params if p.do_not_specialize_on_alignment}
+        whole = {name for name in names if name not in free and (types[name][0] == "*" or name in _SIZES)}
+        attributes = {(i,): divisible for i, name in enumerate(names) if self.aligned and name in whole}
         source = ASTSource(fn=self.function, signature=types, constexprs=constants, attrs=attributes)
         options = {"num_warps": self.warps, "num_stages": self.tile.stages if self.tile else 3}
         return triton.compile(source, target=TARGETS[self.target].gpu, options=options)
@@ -114,7 +116,7 @@ KERNELS: dict[str, Any] = {
     "router": router._forward,
     "router backward": router._backward,
 }
-_SIZES = ("width", "depth", "hidden", "height")
+_SIZES = ("width", "depth", "hidden", "height", "apart")
 _INTEGERS = (*_SIZES, "num_rows", "bucket", "num_experts", "num_tokens", "num_ids", "blocks")
 _INT64 = ("token", "source", "counts", "place", "bounds", "expert", "order", "ends", "index")
 _INT32 = ("rank", "table")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moetrain.ops.expert_sets import ExpertSet, sections
 from moetrain.ops.permute import Rows, combine_rows, gather_rows
 
 
@@ -40,16 +41,18 @@ class Experts(nn.Module):
         """The logical tensors of an expert."""
         raise NotImplementedError
 
-    def compute(self, x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def compute(self, x: Tensor, counts: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Rows sorted by expert [R, D] -> [R, D']. counts: [e] int64 rows per slot. weights: as :meth:`weights`,
         one row per slot: the held experts, or copies of others."""
         raise NotImplementedError
 
-    def execute(self, x: Tensor, rows: Rows, weight: Tensor | None, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Tokens [T, D] -> weighted sums over each token's rows [T, D']. rows: sorted by expert. weight: [N] factors of
+    def execute(self, x: Tensor, rows: Rows, weight: Tensor | None, sets: Sequence[ExpertSet]) -> Tensor:
+        """Tokens [T, D] -> weighted sums over each token's rows [T, D']. rows: sorted by set and expert. weight: [N] factors of
         their outputs. Families with a faster way than gather, :meth:`compute` and combine replace it."""
-        y = self.compute(gather_rows(x, rows), counts, weights)
-        return combine_rows(y, weight, rows)
+        inputs = gather_rows(x, rows)
+        parts = [inputs[section] for section in sections(sets, len(inputs))]
+        y = [self.compute(part, each.counts, each.weights) for part, each in zip(parts, sets, strict=True)]
+        return combine_rows(torch.cat(y), weight, rows)
 
     def weights(self) -> tuple[Tensor, ...]:
         """The stacked parameters [e, ...]."""

@@ -14,6 +14,7 @@ from moetrain.moe.experts.base import Experts, ExpertTensor
 from moetrain.moe.experts.spawn import SpawnSettings
 from moetrain.ops.activations import Activation
 from moetrain.ops.expert_ffn import expert_ffn
+from moetrain.ops.expert_sets import ExpertSet
 from moetrain.ops.permute import Rows
 from moetrain.registry import register
 
@@ -51,15 +52,12 @@ class FFNExperts(Experts):
         return [*gate, up, ExpertTensor("w_down", "w_out", 0, hidden, split_dim=1)]
 
     @record_function("moe.experts")
-    def compute(self, x: Tensor, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        w_in, w_out = weights
-        return expert_ffn(x, w_in, w_out, counts, activation=self.config.activation, gated=self.config.gated)
+    def compute(self, x: Tensor, counts: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        return expert_ffn(x, [ExpertSet(weights, counts)], activation=self.config.activation, gated=self.config.gated)
 
     @record_function("moe.experts")
-    def execute(self, x: Tensor, rows: Rows, weight: Tensor | None, counts: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        w_in, w_out = weights
-        settings = self.config
-        return expert_ffn(x, w_in, w_out, counts, rows=rows, weight=weight, activation=settings.activation, gated=settings.gated)
+    def execute(self, x: Tensor, rows: Rows, weight: Tensor | None, sets: Sequence[ExpertSet]) -> Tensor:
+        return expert_ffn(x, sets, rows=rows, weight=weight, activation=self.config.activation, gated=self.config.gated)
 
     def flops_per_row(self) -> int:
         return 2 * sum(p.shape[1] * p.shape[2] for p in self.parameters())

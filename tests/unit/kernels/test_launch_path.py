@@ -34,6 +34,7 @@ def compile_only(kernel, *args, grid, warmup, **options):
 
 JITFunction.run = compile_only
 from moetrain.kernels.triton_ops import expert_ffn, router, sort_experts
+from moetrain.ops.expert_sets import ExpertSet
 
 def block(tokens, width, hidden, experts, top_k, gather):
     rows = tokens * top_k
@@ -43,8 +44,9 @@ def block(tokens, width, hidden, experts, top_k, gather):
     options = dict.fromkeys(("token", "weight", "place", "bounds")) | {"activation": "silu", "gated": True}
     if gather:
         options |= {"token": index // top_k, "weight": torch.ones(rows), "place": index}
-    y, h = expert_ffn.forward(x, w_in, w_out, counts, **options)
-    expert_ffn.backward(y, x, h, w_in, w_out, counts, **options)
+    sets = [ExpertSet((w_in, w_out), counts)]
+    y, h = expert_ffn.forward(x, sets, **options)
+    expert_ffn.backward(y, x, h, sets, **options)
 
 block(1024, 256, 512, 8, 2, True)
 block(1024, 256, 512, 8, 1, False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.activations import ACTIVATIONS, Activation
-from moetrain.ops.expert_ffn import Block, expert_ffn, reference, saved_bytes_per_row
+from moetrain.ops.expert_ffn import expert_ffn, reference, saved_bytes_per_row
+from moetrain.ops.expert_sets import ExpertSet
 from moetrain.ops.permute import Rows, inverse_permutation
 from moetrain.testing import assert_close
 
@@ -50,6 +51,13 @@ def inputs(counts: list[int], tokens: int, dtype: torch.dtype, *, gated: bool, m
     }
 
 
+def apply(op: Any, counts: list[int], rows: Rows | None = None, *, activation: Activation = "silu", gated: bool = True) -> Any:
+    """The operation as a function of leaves by name."""
+    return lambda x, w_in, w_out, weight=None: op(
+        x, [ExpertSet((w_in, w_out), torch.tensor(counts))], rows=rows, weight=weight, activation=activation, gated=gated
+    )
+
+
 def run(op: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
     y = op(**leaves)
@@ -58,10 +66,8 @@ def run(op: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compare(tensors: dict[str, Tensor], counts: list[int], rows: Rows | None, *, gated: bool, activation: Activation) -> None:
-    block = Block(torch.tensor(counts), rows, activation, gated)
-    fast = run(lambda x, w_in, w_out, weight=None: expert_ffn(
-        x, w_in, w_out, block.counts, rows=rows, weight=weight, activation=activation, gated=gated), tensors)  # fmt: skip
-    slow = run(lambda x, w_in, w_out, weight=None: reference(x, w_in, w_out, weight, block), {n: t.double() for n, t in tensors.items()})
+    fast = run(apply(expert_ffn, counts, rows, activation=activation, gated=gated), tensors)
+    slow = run(apply(reference, counts, rows, activation=activation, gated=gated), {n: t.double() for n, t in tensors.items()})
     assert fast.keys() == slow.keys()
     assert all(fast[f"{name}.grad"].dtype == t.dtype for name, t in tensors.items())
     dtype = tensors["x"].dtype  # in which the products are made: the float32 gradient of weights is no more exact than they are
@@ -104,7 +110,7 @@ def test_many_runs_of_a_busy_expert_do_not_stagnate_in_bfloat16(monkeypatch: pyt
     monkeypatch.setattr("moetrain.ops.expert_ffn.LONGEST_RUN", 4)
     x = torch.ones(4096, 1, dtype=torch.bfloat16)
     w_in, w_out = (torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    expert_ffn(x, w_in, w_out, torch.tensor([4096]), activation="relu", gated=False).sum().backward()
+    apply(expert_ffn, [4096], activation="relu", gated=False)(x, w_in, w_out).sum().backward()
     assert w_in.grad.item() == w_out.grad.item() == 4096
 
 
@@ -115,10 +121,8 @@ def test_float32_masters_of_bfloat16_experts_get_float32_gradients(longest: int,
     tensors = inputs([4, 0, 8], tokens, torch.bfloat16, gated=True, masters=torch.float32)
     for name in ("w_in", "w_out"):  # so that the twin, which does not round them, has the same weights
         tensors[name] = tensors[name].bfloat16().float()
-    block = Block(torch.tensor([4, 0, 8]), rows, "silu", True)
-    fast = run(lambda x, w_in, w_out, weight: expert_ffn(
-        x, w_in, w_out, block.counts, rows=rows, weight=weight, activation="silu", gated=True), tensors)  # fmt: skip
-    slow = run(lambda **t: reference(block=block, **t), {n: t.double() for n, t in tensors.items()})
+    fast = run(apply(expert_ffn, [4, 0, 8], rows), tensors)
+    slow = run(apply(reference, [4, 0, 8], rows), {n: t.double() for n, t in tensors.items()})
     assert fast["w_in.grad"].dtype == fast["w_out.grad"].dtype == torch.float32 and fast["y"].dtype == torch.bfloat16
     assert_close({n: t.bfloat16() for n, t in fast.items()}, {n: t.bfloat16() for n, t in slow.items()}, "fast_path")
 
@@ -127,8 +131,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     counts = [2, 0, 4]
     rows, tokens = make_rows("even", 6)
     leaves = [t.requires_grad_() for t in inputs(counts, tokens, torch.float64, gated=True).values()]
-    op = lambda x, a, b, w: expert_ffn(x, a, b, torch.tensor(counts), rows=rows, weight=w, activation="gelu", gated=True)  # noqa: E731
-    assert torch.autograd.gradcheck(op, leaves)
+    assert torch.autograd.gradcheck(apply(expert_ffn, counts, rows, activation="gelu"), leaves)
 
 
 @pytest.mark.parametrize("wanted", ["x", "w_in", "w_out", "weight"])
@@ -136,9 +139,9 @@ def test_only_wanted_gradients_are_computed(wanted: str) -> None:
     counts = [2, 4]
     rows, tokens = make_rows("even", 6)
     tensors = inputs(counts, tokens, torch.float32, gated=True)
-    every = run(lambda **t: expert_ffn(**t, counts=torch.tensor(counts), rows=rows, activation="silu", gated=True), tensors)
+    every = run(apply(expert_ffn, counts, rows), tensors)
     tensors[wanted].requires_grad_()
-    y = expert_ffn(**tensors, counts=torch.tensor(counts), rows=rows, activation="silu", gated=True)
+    y = apply(expert_ffn, counts, rows)(**tensors)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).float())
     assert torch.equal(tensors[wanted].grad, every[f"{wanted}.grad"])
     assert all(t.grad is None for name, t in tensors.items() if name != wanted)
@@ -152,9 +155,39 @@ def test_an_expanded_gradient_and_strided_weights() -> None:
     results = []
     for a, b in ((w_in, w_out), (w_in.clone(), w_out.clone())):
         leaves = [t.detach().requires_grad_() for t in (x, a, b)]
-        expert_ffn(*leaves, torch.tensor([2, 3]), activation="silu", gated=True).sum().backward()
+        apply(expert_ffn, [2, 3])(*leaves).sum().backward()
         results.append({name: t.grad for name, t in zip(("x", "w_in", "w_out"), leaves, strict=True)})
     assert_close(results[0], results[1], "fast_path")
+
+
+@pytest.mark.parametrize("op", [expert_ffn, reference])
+@pytest.mark.parametrize("longest", [1024, 2])
+@pytest.mark.parametrize("counts", [([4, 1], [3, 0]), ([0, 0], [5, 3]), ([5, 3], [0]), ([], [4, 4]), ([2], [3], [3])], ids=str)
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_in_several_sets(
+    op: Any, masters: torch.dtype, counts: tuple[list[int], ...], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if all lay in one; each gets gradients of its own dtype, and only where they are wanted."""
+    monkeypatch.setattr("moetrain.ops.expert_ffn.LONGEST_RUN", longest)
+    every = [count for some in counts for count in some]
+    rows, tokens = make_rows("uneven", 8)
+    tensors = {n: t.bfloat16() for n, t in inputs(every, tokens, torch.float64, gated=True).items()}
+    whole = run(apply(op, every, rows), {**tensors, "weight": tensors["weight"].float()})
+    sizes = [len(some) for some in counts]
+    parts = list(zip(*(tensors[name].split(sizes) for name in ("w_in", "w_out")), strict=True))
+    parts[0] = tuple(w.to(masters) for w in parts[0])  # a rank's own experts may be wider than its copies of others
+    leaves = [tuple(w.clone().requires_grad_() for w in part) for part in parts]
+    leaves[-1][0].requires_grad_(False)
+    x, weight = (t.clone().requires_grad_() for t in (tensors["x"], tensors["weight"].float()))
+    sets = [ExpertSet(part, torch.tensor(some, dtype=torch.int64), sum(some)) for part, some in zip(leaves, counts, strict=True)]
+    y = op(x, sets, rows=rows, weight=weight, activation="silu", gated=True)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype))
+    found = {"y": y.detach(), "x.grad": x.grad, "weight.grad": weight.grad}
+    assert leaves[-1][0].grad is None and all(w.grad.dtype == w.dtype for part in leaves[:-1] for w in part)
+    found["w_out.grad"] = torch.cat([part[1].grad.bfloat16() for part in leaves])
+    first = torch.cat([part[0].grad.bfloat16() for part in leaves[:-1]])
+    found["w_in.grad"] = torch.cat([first, whole["w_in.grad"][len(first) :]])
+    assert_close(found, whole, "fast_path")
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
@@ -168,7 +201,7 @@ def test_what_is_kept_for_the_backward(dtype: torch.dtype, top_k: int) -> None:
     x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
     w_in, w_out = torch.randn(experts, 2 * width, hidden, dtype=dtype), torch.randn(experts, hidden, width, dtype=dtype)
     weight = torch.rand(tokens * top_k, requires_grad=True)
-    y = expert_ffn(x, w_in, w_out, counts, rows=rows, weight=weight, activation="silu", gated=True)
+    y = expert_ffn(x, [ExpertSet((w_in, w_out), counts)], rows=rows, weight=weight, activation="silu", gated=True)
     node = y.grad_fn
     kept = {t.data_ptr(): t.nbytes for t in node.saved_tensors if t is not None}
     assert not any(isinstance(value, torch.Tensor | Rows) for value in vars(node).values()), "recomputation would keep it"
