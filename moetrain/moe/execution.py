@@ -43,11 +43,34 @@ class Order:
     counts: Tensor
 
 
-def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
-    """Sort the entries of a routing by expert, or by ``position`` [E] (rank of each expert in the wanted order).
+@dataclass(frozen=True)
+class Keys:
+    """Sorted, but not yet cut to the entries that are computed: how many there are is known on the device only.
 
-    PAD entries and zero-computation kinds are left out; whether there are any is known without looking at the
-    device unless the routing is padded.
+    order, place: [N] int64 of all entries of the routing, those left out last, and its inverse. counts: [E] int64 rows per place.
+    complete: none is left out.
+    """
+
+    routing: Routing
+    order: Tensor
+    place: Tensor
+    counts: Tensor
+    complete: bool
+
+    def take(self, num_rows: int) -> Order:
+        """The entries that are computed. num_rows: the sum of the counts."""
+        routing = self.routing
+        if self.complete and routing.top_k is not None:
+            return Order(self.order, Rows(routing.token[self.order], self.place, None, routing.num_tokens), self.counts)
+        entry = self.order[:num_rows]
+        return Order(entry, Rows.of(routing.token[entry], routing.num_tokens), self.counts)
+
+
+def sort_keys(routing: Routing, position: Tensor | None = None) -> Keys:
+    """Sort the entries of a routing by expert, or by ``position`` [E] (rank of each expert in the wanted order), without waiting for
+    the device.
+
+    PAD entries and zero-computation kinds are left out; whether there are any is known beforehand unless the routing is padded.
     """
     experts = routing.num_experts
     key = routing.expert
@@ -59,10 +82,13 @@ def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
     if not complete:
         key = torch.where(key < experts, key, PAD)
     order, counts, place = sort_by_expert(key, experts)
-    if complete and routing.top_k is not None:
-        return Order(order, Rows(routing.token[order], place, None, routing.num_tokens), counts)
-    order = order if complete else order[: int(counts.sum())]
-    return Order(order, Rows.of(routing.token[order], routing.num_tokens), counts)
+    return Keys(routing, order, place, counts, complete)
+
+
+def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
+    """Sort the entries of a routing, see :func:`sort_keys`. The host waits for the number of rows if some may be left out."""
+    keys = sort_keys(routing, position)
+    return keys.take(keys.order.numel() if keys.complete else int(keys.counts.sum()))
 
 
 class LocalExecutor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moetrain.moe.context import RouterContext
-from moetrain.moe.execution import sort_entries
+from moetrain.moe.execution import sort_keys
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.expert_sets import ExpertSet
@@ -360,9 +360,10 @@ class PlacedExecutor:
     def dispatch(self, routing: Routing) -> Dispatch:
         """Who sends what to whom, from one all-gather of counts."""
         rank = self.links.tokens.rank
-        order = sort_entries(routing, self.router_position)
+        keys = sort_keys(routing, self.router_position)
         # the one host copy of this layer: every split follows from these integers, the same on all ranks
-        gathered = gather_counts(order.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
+        gathered = gather_counts(keys.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
+        order = keys.take(int(gathered[rank].sum()))
         counts = gathered[:, self.place]
         copied = {"planned": self.plan} if self.plan.copies.any() else {}
         plan = self.plan if self.calibrate is None else self.calibrate(counts, self.plan)

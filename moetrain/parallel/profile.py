@@ -9,6 +9,7 @@ in training.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import platform
@@ -181,21 +182,31 @@ class Sweep:
     """Sizes and repetitions of the measurements."""
 
     min_bytes: int = setting(1 << 12, doc="smallest buffer of a collective, bytes per rank", ge=64)
-    max_bytes: int = setting(1 << 24, doc="largest buffer of a collective, bytes per rank", ge=64)
+    max_bytes: int = setting(0, doc="largest buffer of a collective, bytes per rank; 0: 16 MiB, on a GPU 256 MiB", ge=0)
     num_sizes: int = setting(9, doc="sizes per operation, in equal ratios", ge=2)
     repeats: int = setting(7, doc="timed runs per size, of which the median counts", ge=1)
     num_experts: int = setting(4, doc="experts of a rank", ge=1)
-    hidden_size: int = setting(256, doc="features of an expert's input", ge=1)
-    expert_width: int = setting(512, doc="hidden width of an expert (gated, three matrices)", ge=1)
+    hidden_size: int = setting(0, doc="features of an expert's input; 0: 256, on a GPU 2048", ge=0)
+    expert_width: int = setting(0, doc="hidden width of an expert (gated, three matrices); 0: 512, on a GPU 2048", ge=0)
     min_rows: int = setting(4, doc="smallest number of rows per expert", ge=1)
-    max_rows: int = setting(512, doc="largest number of rows per expert", ge=1)
-    dtype: Literal["float32", "bfloat16"] = setting("float32", doc="dtype of expert computation")
+    max_rows: int = setting(0, doc="largest number of rows per expert; 0: 512, on a GPU 8192", ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", doc="dtype of expert computation; auto: float32, on a GPU bfloat16")
 
     def problems(self, path: str) -> Iterator[Problem]:
         prefix = f"{path}." if path else ""
         for low, high in (("min_bytes", "max_bytes"), ("min_rows", "max_rows")):
-            if getattr(self, low) >= getattr(self, high):
-                yield Problem(prefix + low, getattr(self, low), f"must be < {prefix}{high} ({getattr(self, high)})")
+            most = getattr(self.on("cpu"), high)
+            if getattr(self, low) >= most:
+                yield Problem(prefix + low, getattr(self, low), f"must be < {prefix}{high} ({most})")
+
+    def on(self, device_type: str) -> Sweep:
+        """With the sizes and the dtype that suit a kind of device where none are chosen: what keeps it busy for long enough to be
+        measured."""
+        small = {"max_bytes": 1 << 24, "hidden_size": 256, "expert_width": 512, "max_rows": 512}
+        large = {"max_bytes": 1 << 28, "hidden_size": 2048, "expert_width": 2048, "max_rows": 8192}
+        absent = {k: v for k, v in (small if device_type == "cpu" else large).items() if not getattr(self, k)}
+        dtype = self.dtype if self.dtype != "auto" else "float32" if device_type == "cpu" else "bfloat16"
+        return dataclasses.replace(self, **absent, dtype=dtype)  # type: ignore[arg-type]
 
 
 def measure(
@@ -206,6 +217,7 @@ def measure(
     ranks_per_node: neighbouring ranks that count as a node; default: those of this machine.
     Raises ConfigError if the nodes are not all of that size.
     """
+    sweep = sweep.on(device.type)
     world = group.size() if group else 1
     size = ranks_per_node or _ranks_per_node(group)
     if world % size:

@@ -137,3 +137,11 @@ def test_nodes_of_one_rank_have_no_inner_links():
 def test_nodes_must_divide_the_ranks():
     with pytest.raises(ConfigError, match="ranks_per_node = 2: must divide the 1 ranks"):
         measure(Sweep(**TINY), torch.device("cpu"), ranks_per_node=2)
+
+
+def test_sizes_that_are_not_chosen_suit_the_device():
+    chosen = Sweep(hidden_size=8, dtype="float32")
+    assert (chosen.on("cuda").hidden_size, chosen.on("cuda").dtype) == (8, "float32")
+    assert Sweep().on("cpu").dtype == "float32" and Sweep().on("cuda").dtype == "bfloat16"
+    assert Sweep().on("cuda").expert_width > Sweep().on("cpu").expert_width > 0
+    assert not list(Sweep().problems("")) and list(Sweep(min_rows=513).problems(""))
