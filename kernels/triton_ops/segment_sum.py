@@ -1,7 +1,8 @@
-"""Combine: the rows of each token, summed in float32 in a fixed order. No atomics, so the same bits every time."""
+"""Combine: the rows of each token, summed in float32 in a fixed order, and its backward. No atomics, so the same bits every time."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,9 +29,29 @@ def segment_sum(rows: Tensor, num_tokens: int, *, place: Tensor, bounds: Tensor 
     per_token = 0 if bounds is not None else place.numel() // num_tokens
     _segment_sum[(num_tokens, triton.cdiv(width, block))](
         rows, place, bounds, weight, out, width, PER_TOKEN=per_token, RAGGED=bounds is not None, WEIGHTED=weight is not None, BLOCK=block,
-        num_warps=1 if INTERPRETED else 8 if block >= 2048 else 4,
+        num_warps=_warps(block),
     )  # fmt: skip
     return out
+
+
+def combine_backward(grad: Tensor, y: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weighted sum: grad_y[n] = weight[n] * grad[token[n]], and the weights' gradients <grad[token[n]], y[n]>, in one pass.
+
+    grad: [T, D]; y: [N, D] in the same dtype; token: [N] int64; weight: [N] float32. Returns [N, D] in that dtype, [N] float32.
+    """
+    grad, y, token, weight = grad.contiguous(), y.contiguous(), token.contiguous(), weight.contiguous()
+    grad_y, grad_weight = torch.empty_like(y), torch.empty_like(weight)
+    if not y.numel():
+        return grad_y, grad_weight.zero_()
+    block = min(triton.next_power_of_2(y.shape[1]), LARGEST_BLOCK)
+    _combine_backward[(y.shape[0],)](
+        grad, y, token, weight, grad_y, grad_weight, y.shape[1], BLOCK=block, num_warps=_warps(block)
+    )  # fmt: skip
+    return grad_y, grad_weight
+
+
+def _warps(block: int) -> int:
+    return 1 if INTERPRETED else 8 if block >= 2048 else 4
 
 
 @triton.jit
@@ -66,3 +87,25 @@ def _scaled_row(
     if WEIGHTED:
         values *= tl.load(weight + row)
     return values
+
+
+@triton.jit
+def _combine_backward(
+    grad: tl.tensor,
+    y: tl.tensor,
+    token: tl.tensor,
+    weight: tl.tensor,
+    grad_y: tl.tensor,
+    grad_weight: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    source, factor = tl.load(token + row), tl.load(weight + row)
+    dot = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        reaching = tl.load(grad + source * width + column, mask=column < width, other=0.0).to(tl.float32)
+        dot += reaching * tl.load(y + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        tl.store(grad_y + row * width + column, (reaching * factor).to(grad_y.dtype.element_ty), mask=column < width)
+    tl.store(grad_weight + row, tl.sum(dot, 0))

@@ -120,6 +120,9 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         y, weight, token = ctx.saved_tensors  # once: activation checkpointing refuses a second time
+        kernels = None if weight is None else triton_kernels("segment_sum", y)
+        if kernels is not None:
+            return *kernels.combine_backward(grad, y, token, weight), None
         rows = grad.index_select(0, token)
         if weight is None:
             return rows, None, None

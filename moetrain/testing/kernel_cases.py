@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.kernels.triton_ops import expert_ffn, grouped_gemm, grouped_outer, router, tiles
-from moetrain.kernels.triton_ops.segment_sum import segment_sum
+from moetrain.kernels.triton_ops.segment_sum import combine_backward, segment_sum
 from moetrain.kernels.triton_ops.sort_experts import sort_by_expert
 from moetrain.ops.activations import hidden_activation
 from moetrain.ops.expert_sets import ExpertSet
@@ -255,6 +255,19 @@ def check_segment_sum(width: int, weighted: bool) -> None:
         assert_close(out[t], expected, "exact" if INTERPRETED else "fast_path", name=f"token {t}")
 
 
+def check_combine_backward(width: int, rows: int) -> None:
+    """Against float64, in both dtypes."""
+    torch.manual_seed(width)
+    token, weight = torch.randint(5, (rows,)), torch.rand(rows)
+    for dtype in (torch.float32, HALF):
+        grad, y = torch.randn(5, width).to(dtype), torch.randn(rows, width).to(dtype)
+        grad_y, grad_weight = combine_backward(*(t.to(DEVICE) for t in (grad, y, token, weight)))
+        reaching = grad.double()[token]
+        assert grad_y.dtype == dtype and grad_weight.dtype == torch.float32
+        assert_close(grad_y, reaching * weight[:, None], "fast_path", name="grad_y")
+        assert_close(grad_weight.to(dtype), (reaching * y.double()).sum(1), "fast_path", name="grad_weight")
+
+
 def check_sort(num_ids: int, num_experts: int, padded: bool) -> None:
     """The sort is stable and puts padding last."""
     torch.manual_seed(num_ids)
@@ -301,6 +314,8 @@ def checks() -> dict[str, Callable[[], None]]:
     for width in (1, 16, 50):
         for flag in (False, True):
             found[f"segment sum, {width}, weighted={flag}"] = partial(check_segment_sum, width, flag)
+        for rows in (0, 7):
+            found[f"combine backward, {width}, {rows} rows"] = partial(check_combine_backward, width, rows)
     for num_ids, num_experts in ((0, 4), (1, 1), (16, 3), (53, 7), (200, 256), (130, 2)):
         for flag in (False, True):
             found[f"sort, {num_ids} of {num_experts}, padded={flag}"] = partial(check_sort, num_ids, num_experts, flag)

@@ -111,6 +111,7 @@ KERNELS: dict[str, Any] = {
     "activation_backward": grouped_gemm._activation_backward,
     "outer": grouped_outer._outer,
     "segment_sum": segment_sum._segment_sum,
+    "combine_backward": segment_sum._combine_backward,
     "sort: rank": sort_experts._rank_in_block,
     "sort: scatter": sort_experts._scatter,
     "router": router._forward,
@@ -176,6 +177,7 @@ def builds() -> Iterator[Build]:
         ragged = {"PER_TOKEN": 0, "RAGGED": True, "WEIGHTED": False, "BLOCK": segment_sum.LARGEST_BLOCK, "weight": None}
         yield Build(target, "segment_sum", "8 weighted rows per token", "bf16", None, 8, combine)
         yield Build(target, "segment_sum", "ragged", "bf16", None, 8, ragged)
+        yield Build(target, "combine_backward", "weighted", "bf16", None, 8, {"BLOCK": segment_sum.LARGEST_BLOCK})
         for kernel in ("sort: rank", "sort: scatter"):
             yield Build(target, kernel, "int64", "i64", None, sort_experts.WARPS, {"BLOCK": sort_experts.BLOCK})
         for experts, top_k in ((64, 6), (256, 8)):

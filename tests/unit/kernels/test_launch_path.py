@@ -33,7 +33,7 @@ def compile_only(kernel, *args, grid, warmup, **options):
     return compiled
 
 JITFunction.run = compile_only
-from moetrain.kernels.triton_ops import expert_ffn, router, sort_experts
+from moetrain.kernels.triton_ops import expert_ffn, router, segment_sum, sort_experts
 from moetrain.ops.expert_sets import ExpertSet
 
 def block(tokens, width, hidden, experts, top_k, gather):
@@ -54,6 +54,8 @@ block(1001, 250, 510, 1, 1, True)
 routed = router.forward(torch.zeros(1000, 64), 6, renormalise=True)
 router.backward(routed, renormalise=True, grad_weight=routed.weight)
 sort_experts.sort_by_expert(torch.zeros(1000, dtype=torch.int64), 8)
+rows = torch.zeros(1000, 256, dtype=torch.bfloat16)
+segment_sum.combine_backward(rows, rows, torch.zeros(1000, dtype=torch.int64), torch.ones(1000))
 print(json.dumps(seen))
 """
 
@@ -67,7 +69,16 @@ def test_launches_compile_for_an_h100(tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     products = ["_activation", "_plain", "_activation_backward", "_outer", "_outer", "_plain"]
     combined = ["_activation", "_plain", "_segment_sum", "_activation_backward", "_outer", "_outer", "_plain", "_segment_sum"]
-    assert [name for name, _, _ in seen] == [*combined, *products, *combined, "_forward", "_backward", "_rank_in_block", "_scatter"]
+    assert [name for name, _, _ in seen] == [
+        *combined,
+        *products,
+        *combined,
+        "_forward",
+        "_backward",
+        "_rank_in_block",
+        "_scatter",
+        "_combine_backward",
+    ]
     assert all(wgmma for name, wgmma, _ in seen if name in products), "a product without the matrix instructions of Hopper"
     boxed = [boxed for name, _, boxed in seen if name in products]
     assert boxed == [True] * 12 + [False] * 6, "boxes are copied by the hardware exactly where rows are whole vectors"
