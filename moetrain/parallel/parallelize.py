@@ -103,7 +103,7 @@ class ParallelModel:
                 figures[name] = self.schedulers[name].observe(seen, executor.plan)
         if self.schedulers:
             layers = self.model.moe_layers()
-            loads = [statistics[name].dispatched[: layers[name].experts.num_experts].cpu().numpy() for name in self.schedulers]
+            loads = [statistics[name].dispatched[: layers[name].experts.num_experts].numpy() for name in self.schedulers]
             self.loads.push(np.stack(loads))
         return figures
 

@@ -131,11 +131,12 @@ def accumulate_gradients(
 def reduce_statistics(
     scalars: dict[str, Tensor], statistics: dict[str, LayerStatistics], placed: ParallelModel
 ) -> tuple[dict[str, float], dict[str, LayerStatistics]]:
-    """Sum scalars and layer statistics over data-parallel ranks in one collective (float64 holds counts up to 2^53)."""
+    """Sum scalars and layer statistics over data-parallel ranks in one collective (float64 holds counts up to 2^53), and bring them
+    to the host at once: reading each figure of each layer by itself would cost a GPU's queue as many waits."""
     parts = [torch.stack([v.double() for v in scalars.values()])]
     for layer in statistics.values():
         parts += [layer.selected, layer.dispatched, layer.entropy.view(1), layer.tokens.view(1), layer.router]
-    flat = all_sum(torch.cat([part.double() for part in parts]), placed.data)
+    flat = all_sum(torch.cat([part.double() for part in parts]), placed.data).cpu()
     sizes = [part.numel() for part in parts]
     values, *rest = flat.split(sizes)
     layers = {}

@@ -61,7 +61,7 @@ class Router(nn.Module):
                 module.register_buffer(name, parameter.detach())
 
     def end_step(self, statistics: LayerStatistics) -> None:
-        """Update selection state from the statistics of the whole step (all ranks, valid training tokens only).
+        """Update selection state from the statistics of the whole step (all ranks, valid training tokens only; on the host).
         Called after the optimizer step, and only if that was not skipped."""
 
 

@@ -251,7 +251,7 @@ class TopKRouter(LinearRouter):
                 lack = torch.sign(lack)
             else:  # relative, so that gamma does not depend on the batch size
                 lack /= load.mean().clamp_min(torch.finfo(load.dtype).tiny)
-            self.selection_bias += self.config.bias_update_rate * lack
+            self.selection_bias += (self.config.bias_update_rate * lack).to(self.selection_bias.device)
 
 
 def score(logits: Tensor, kind: Score) -> Tensor:
