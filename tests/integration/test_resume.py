@@ -34,7 +34,20 @@ def close(actual, expected, relative=1e-10):
         assert abs(a[2] - e[2]) <= relative * abs(e[2])
 
 
-@pytest.mark.parametrize("layout", ["ep", "fsdp", "ep parallel.tensor=2", "ep parallel.tensor=2 launch.nproc_per_node=4"])
+@pytest.fixture(scope="module")
+def two_ranks(workspace):
+    """Losses of the uninterrupted run on two ranks."""
+    done = moetrain("train", *TINY, *EP, "run.dir=two-ranks", folder=workspace)
+    assert done.returncode == 0, done.stderr
+    return losses(workspace / "two-ranks")
+
+
+def test_two_ranks_give_the_same_losses(workspace, reference, two_ranks):
+    close(two_ranks, reference)
+    assert [line["tokens"] for line in lines(workspace / "two-ranks")] == [4 * 16] * 8
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ep parallel.tensor=2", "ep parallel.tensor=2 launch.nproc_per_node=4"])
 def test_several_ranks_give_the_same_losses(workspace, reference, layout):
     run = layout.replace(" ", "-")
     done = moetrain("train", *TINY, "launch.nproc_per_node=2", *f"parallel={layout}".split(), f"run.dir='{run}'", folder=workspace)
@@ -65,16 +78,15 @@ def test_schedules_of_the_router_continue_bit_for_bit(workspace):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_kill_a_rank_and_continue_bit_for_bit(workspace, rank):
-    whole, run = f"ep-whole-{rank}", f"ep-killed-{rank}"
-    assert moetrain("train", *TINY, *EP, f"run.dir={whole}", folder=workspace).returncode == 0
+def test_kill_a_rank_and_continue_bit_for_bit(workspace, two_ranks, rank):
+    run = f"ep-killed-{rank}"
     killed = start(*EP, f"run.dir={run}", folder=workspace, MOETRAIN_FAULT=f"step.begin:{rank}:6:kill")
     _, stderr = killed.communicate(timeout=60)
     assert killed.returncode == 1
     assert f"rank {rank} was killed by SIGKILL" in stderr
     again = moetrain("train", *TINY, *EP, f"run.dir={run}", folder=workspace)
     assert again.returncode == 0, again.stderr
-    assert losses(workspace / run) == losses(workspace / whole)
+    assert losses(workspace / run) == two_ranks
 
 
 def test_kill_a_rank_whose_experts_have_moved_continue_bit_for_bit_then_resume_on_one_rank(workspace):
