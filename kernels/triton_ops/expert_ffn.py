@@ -38,6 +38,7 @@ def forward(
     Returns y ([T, Dout], or [N, Dout] without token) and h [N, 2F or F]. No rows or no experts: zeros.
     """
     x = x.contiguous()
+    token, weight = (None if t is None else t.contiguous() for t in (token, weight))
     num_rows = x.shape[0] if token is None else token.shape[0]
     (w_in, w_out) = sets[0].weights
     h, y = x.new_empty(num_rows, w_in.shape[1]), x.new_empty(num_rows, w_out.shape[1])
@@ -71,6 +72,7 @@ def backward(
     """Gradients of x and weight (float32, None without weight), and of w_in and w_out of each set in turn, from that of y and the
     arguments and h of forward. needs: which of the last are wanted, None: all."""
     grad, x = grad.contiguous(), x.contiguous()
+    token, weight = (None if t is None else t.contiguous() for t in (token, weight))
     num_rows = h.shape[0]
     needs = [True] * (2 * len(sets)) if needs is None else needs
     grad_x = x.new_empty(num_rows, x.shape[1]) if needs_x else None
@@ -99,4 +101,4 @@ def backward(
 
 def with_whole_matrices(w: Tensor) -> Tensor:
     """w: [e, rows, columns], each expert's matrix contiguous; copies of experts lie in one buffer with their other weights."""
-    return w if w.stride()[1:] == (w.shape[2], 1) else w.contiguous()
+    return w if not len(w) or w[0].is_contiguous() else w.contiguous()

@@ -34,8 +34,8 @@ def grouped_outer(
     source = left_source if right_source is None else right_source
     num_rows = left.shape[0] if source is None else source.shape[0]
     out = left.new_empty(len(counts), height, width)
-    if not out.numel():
-        return out
+    if not num_rows or not out.numel():
+        return out.zero_()
     # The rows past an expert's last must not be summed: one side is read with a mask, the other may be copied in boxes.
     is_easy = easy(left, right)
     boxed = prepare_boxes(is_easy)

@@ -86,7 +86,7 @@ def reference(
         w_in, w_out = (w.to(x.dtype) for w in each.weights)
         hidden = hidden_activation(grouped_linear(inputs[section], w_in, each.counts), activation, gated=gated)
         parts.append(grouped_linear(hidden, w_out, each.counts))
-    y = torch.cat(parts)
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y if rows is None else combine_rows(y, weight, rows)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 class ExpertSet:
     """Stacked weights of some experts and how many rows each gets; the rows of one set follow those of the set before.
 
-    weights: one tensor [e, ...] per parameter; the matrices of each expert are contiguous, what lies between two experts is free.
+    weights: one tensor [e, ...] per parameter; views of a buffer are read in place if each expert's part is contiguous.
     counts: [e] int64. num_rows: their sum, known on the host; None if there is no other set.
     """
 

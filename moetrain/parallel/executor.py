@@ -172,7 +172,8 @@ class Copies:
 
 def kept_out_of_the_graph(copies: Sequence[Copies]) -> AbstractContextManager[Any]:
     """While the experts run, autograd keeps a reference to these objects instead of the copies' memory: freed after the
-    forward, they are fetched again in the backward."""
+    forward, they are fetched again in the backward. (Whatever else is saved meanwhile stays as it is, but torch does not check
+    then whether it has changed.)"""
     by_storage = {c.wait().untyped_storage().data_ptr(): c for c in copies}
 
     def pack(tensor: Tensor) -> Any:

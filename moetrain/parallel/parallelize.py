@@ -95,7 +95,7 @@ class ParallelModel:
             executors[name].plan = scheduler.plan()
 
     def end_step(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, LayerFigures]:
-        """Take the loads of a step into the histories. statistics: of all ranks. Returns figures by MoE layer."""
+        """Take the loads of a step into the histories. statistics: of all ranks, on the host. Returns figures by MoE layer."""
         figures = {}
         for name, executor in self.executors().items():
             seen = executor.take_observation()
@@ -283,7 +283,7 @@ def parallelize(
     owned: frozenset[str] = frozenset()
     if layout.places_experts and families:
         owned = frozenset(f"{name}.{parameter}" for name, module in families.items() for parameter, _ in module.named_parameters())
-        profile = profile or machine_profile(layout, ranks, device)
+        profile = profile or machine_profile(layout, ranks, device, model.compute_dtype)
         placement = place_experts(model, layout, connect(layout, ranks, device, profile), device, recompute, tokens_per_pass, profile)
     else:
         for module in families.values():

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -79,12 +79,13 @@ def fit(work: Sequence[float], seconds: Sequence[float]) -> LinearCost:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured. device: name of the processor. date: UTC, ISO 8601."""
+    """What was measured. device: name of the processor. dtype: in which experts computed. date: UTC, ISO 8601."""
 
     world_size: int
     ranks_per_node: int
     backend: str
     device: str
+    dtype: str
     torch_version: str
     date: str
 
@@ -93,15 +94,15 @@ class Machine:
         return self.world_size // self.ranks_per_node
 
     @classmethod
-    def here(cls, device: torch.device, world_size: int, ranks_per_node: int) -> Machine:
+    def here(cls, device: torch.device, world_size: int, ranks_per_node: int, dtype: str) -> Machine:
         """The machine that this process runs on."""
         backends = dict(pair.split(":") for pair in dist.get_backend_config().split(",")) if dist.is_initialized() else {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(world_size, ranks_per_node, backends.get(device.type, "none"), device_name(device), torch.__version__, now)
+        return cls(world_size, ranks_per_node, backends.get(device.type, "none"), device_name(device), dtype, torch.__version__, now)
 
     def file(self) -> Path:
-        """Where its profile is kept: one file per processor, backend and shape of the machine."""
-        parts = (self.device, self.backend, f"{self.num_nodes}x{self.ranks_per_node}")
+        """Where its profile is kept: one file per processor, backend, shape of the machine and dtype."""
+        parts = (self.device, self.backend, f"{self.num_nodes}x{self.ranks_per_node}", self.dtype)
         return cache_dir() / "profiles" / f"{'-'.join(re.sub(r'[^a-z0-9]+', '_', part.lower()).strip('_') for part in parts)}.json"
 
 
@@ -195,18 +196,19 @@ class Sweep:
     def problems(self, path: str) -> Iterator[Problem]:
         prefix = f"{path}." if path else ""
         for low, high in (("min_bytes", "max_bytes"), ("min_rows", "max_rows")):
-            most = getattr(self.on("cpu"), high)
-            if getattr(self, low) >= most:
-                yield Problem(prefix + low, getattr(self, low), f"must be < {prefix}{high} ({most})")
+            least, most = getattr(self, low), getattr(self, high)
+            if most and least >= most:
+                yield Problem(prefix + low, least, f"must be < {prefix}{high} ({most})")
 
     def on(self, device_type: str) -> Sweep:
         """With the sizes and the dtype that suit a kind of device where none are chosen: what keeps it busy for long enough to be
         measured."""
         small = {"max_bytes": 1 << 24, "hidden_size": 256, "expert_width": 512, "max_rows": 512}
         large = {"max_bytes": 1 << 28, "hidden_size": 2048, "expert_width": 2048, "max_rows": 8192}
-        absent = {k: v for k, v in (small if device_type == "cpu" else large).items() if not getattr(self, k)}
-        dtype = self.dtype if self.dtype != "auto" else "float32" if device_type == "cpu" else "bfloat16"
-        return dataclasses.replace(self, **absent, dtype=dtype)  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {k: v for k, v in (small if device_type == "cpu" else large).items() if not getattr(self, k)}
+        if self.dtype == "auto":
+            chosen["dtype"] = "float32" if device_type == "cpu" else "bfloat16"
+        return dataclasses.replace(self, **chosen)
 
 
 def measure(
@@ -215,9 +217,11 @@ def measure(
     """Measure this machine on all ranks of a group (None: one process, no collectives); the same result on all ranks.
 
     ranks_per_node: neighbouring ranks that count as a node; default: those of this machine.
-    Raises ConfigError if the nodes are not all of that size.
+    Raises ConfigError if the nodes are not all of that size, or a smallest size exceeds the largest that suits the device.
     """
     sweep = sweep.on(device.type)
+    if problems := list(sweep.problems("")):
+        raise ConfigError(problems)
     world = group.size() if group else 1
     size = ranks_per_node or _ranks_per_node(group)
     if world % size:
@@ -228,7 +232,7 @@ def measure(
         with _subgroup(group, members) as link:
             links.append({} if link is None else measure_collectives(link, sweep, device))
     experts = measure_experts(sweep, device, group)
-    plain = [dump(MachineProfile(Machine.here(device, world, size), links[0], links[1], experts, sweep.num_experts))]
+    plain = [dump(MachineProfile(Machine.here(device, world, size, sweep.dtype), links[0], links[1], experts, sweep.num_experts))]
     if group is not None:  # links of other nodes and ranks were measured at the same time, and differ by noise
         dist.broadcast_object_list(plain, src=dist.get_global_rank(group, 0), group=group)
     return load(MachineProfile, plain[0])

@@ -25,20 +25,21 @@ from moetrain.parallel.profile import Machine, MachineProfile, Sweep, load_profi
 from moetrain.parallel.ranks import Ranks
 
 
-def machine_profile(layout: Layout, ranks: Ranks, device: torch.device) -> MachineProfile | None:
+def machine_profile(layout: Layout, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> MachineProfile | None:
     """Measured costs of this machine, the same on every rank: the main rank's file, or measured now (and kept) if the
-    layout says so. None: costs are assumed. Collective over the default group."""
+    layout says so. None: costs are assumed. dtype: in which experts compute. Collective over the default group."""
     if layout.profile == "assume":
         return None
     per_node = layout.ranks_per_node or ranks.local_world_size
-    file = Machine.here(device, ranks.world_size, per_node).file()
+    sweep = Sweep(dtype="bfloat16" if dtype.itemsize == 2 else "float32")
+    file = Machine.here(device, ranks.world_size, per_node, sweep.dtype).file()
     found = [dump(load_profile(file)) if ranks.is_main and file.exists() else None]
     dist.broadcast_object_list(found)
     if found[0] is not None:
         return load(MachineProfile, found[0])
     if layout.profile == "auto":
         return None
-    profile = measure(Sweep(), device, dist.group.WORLD, per_node)
+    profile = measure(sweep, device, dist.group.WORLD, per_node)
     if ranks.is_main:
         profile.save()
     return profile

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moetrain.parallel.placement.plan import Cluster
-from moetrain.parallel.profile import Machine, load_profile
+from moetrain.parallel.profile import Machine, Sweep, load_profile
 from moetrain.parallel.scheduling import describe_cluster
 
 ClusterName = Literal["here", "h100", "hecate_a", "hecate_b"]
@@ -32,7 +32,7 @@ def named_cluster(name: ClusterName, *, nodes: int | None = None, ranks_per_node
         nodes, ranks_per_node = nodes or 1, ranks_per_node or 1
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        file = replace(Machine.here(device, nodes * ranks_per_node, ranks_per_node), backend=backend).file()
+        file = replace(Machine.here(device, nodes * ranks_per_node, ranks_per_node, Sweep().on(device.type).dtype), backend=backend).file()
         profile = load_profile(file) if file.exists() else None
         return describe_cluster(Cluster.even(nodes, ranks_per_node).node_of, device, profile), memory_here(device, ranks_per_node)
     shape = Cluster.even(nodes or 4, ranks_per_node or 8)

@@ -5,11 +5,13 @@ Used by the tests and by scripts/gpu_suite.sh, which has no pytest. Importing it
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,8 +19,11 @@ from torch import Tensor
 from moetrain.kernels.triton_ops import expert_ffn, grouped_gemm, grouped_outer, router, tiles
 from moetrain.kernels.triton_ops.segment_sum import combine_backward, segment_sum
 from moetrain.kernels.triton_ops.sort_experts import sort_by_expert
-from moetrain.ops.activations import hidden_activation
+from moetrain.ops import expert_ffn as block_operation
+from moetrain.ops import permute
+from moetrain.ops.activations import Activation, hidden_activation
 from moetrain.ops.expert_sets import ExpertSet
+from moetrain.ops.permute import Rows
 from moetrain.testing.tolerances import assert_close
 
 INTERPRETED = tiles.INTERPRETED
@@ -47,7 +52,7 @@ class Case:
     gather: bool = True
     ragged: bool = False
     weighted: bool = True
-    activation: str = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     used: int | None = None
     copied: int = 0
@@ -79,7 +84,8 @@ CASES = {
     "no tokens, no gather": Case(tokens=0, gather=False),
     "no experts": Case(experts=0, ragged=True, top_k=0),
     "copies": Case(copied=2),
-    "copies, odd": Case(copied=1, ragged=True, width=19, hidden=23),
+    "copies, odd": Case(copied=2, ragged=True, width=19, hidden=23),
+    "rows for copies only": Case(copied=2, used=2),
     "copies without rows": Case(copied=2, used=5, tokens=1, top_k=1),
     "copies, no gather": Case(copied=3, gather=False, weighted=False),
     "gelu": Case(activation="gelu"),
@@ -213,6 +219,64 @@ def _check_expert_block(case: Case, dtype: torch.dtype) -> None:
     assert not any(grad[empty].any() for grad in (grad_in, grad_out))
 
 
+OPERATION_LEAVES = ("x", "weight", "own in", "own out", "copied in", "copied out")
+
+
+def check_operation(wanted: tuple[str, ...], dtype: torch.dtype) -> None:
+    """The whole operation, float32 masters and copies in ``dtype``, with and without kernels: only the wanted gradients, each in the
+    dtype of its tensor."""
+    case = Case(tokens=19, width=32, hidden=16, experts=6, top_k=2, copied=2, ragged=True)
+    grad, x, w_in, w_out, counts, options = make(case, dtype)
+    own, copied = sets_of(case, w_in, w_out, counts)
+    assert options["weight"] is not None
+    tensors = (x, options["weight"], *(w.float() for w in own.weights), *copied.weights)
+    rows = Rows(options["token"], options["place"], options["bounds"], case.tokens)
+    results = []
+    for kernels in (True, False):
+        leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in zip(OPERATION_LEAVES, tensors, strict=True)}
+        own_weights, copied_weights = ((leaves[f"{kind} in"], leaves[f"{kind} out"]) for kind in ("own", "copied"))
+        sets = [replace(own, weights=own_weights), replace(copied, weights=copied_weights)]
+        with only_tile("plain", 0), serving_all_devices() if kernels else nullcontext():
+            op = block_operation.expert_ffn if kernels else block_operation.reference
+            y = op(leaves["x"], sets, rows=rows, weight=leaves["weight"], activation=case.activation, gated=case.gated)
+            y.backward(grad)
+        results.append({"y": y.detach(), **{n: t.grad for n, t in leaves.items()}})
+    for name, found in results[0].items():
+        expected = results[1][name]
+        assert (found is not None) == (name == "y" or name in wanted) == (expected is not None), name
+        if found is not None and expected is not None:
+            assert found.dtype == expected.dtype
+            assert_close(found.to(dtype), expected.to(dtype), "fast_path", name=name)
+
+
+def check_combine(weighted: bool, dtype: torch.dtype) -> None:
+    """Combine and its backward, with and without kernels, of strided tensors."""
+    torch.manual_seed(3)
+    rows = Rows.of(torch.randint(5, (11,)).to(DEVICE), 5)
+    y, grad = torch.randn(11, 19).to(DEVICE, dtype), torch.randn(19, 5).to(DEVICE, dtype).t()
+    weight = torch.rand(11, 2).to(DEVICE)[:, 0] if weighted else None
+    results = []
+    for context in (serving_all_devices(), nullcontext()):
+        leaves = [t.detach().requires_grad_() for t in (y, weight) if t is not None]
+        with context:
+            out = permute.combine_rows(leaves[0], leaves[1] if weighted else None, rows)
+            out.backward(grad)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert found is not None and expected is not None and found.dtype == expected.dtype
+        assert_close(found.to(dtype), expected.to(dtype), "fast_path")
+
+
+@contextmanager
+def serving_all_devices() -> Iterator[None]:
+    """Operations take the kernels also for tensors on the CPU, where they are interpreted."""
+    found = lambda name, _: importlib.import_module(f"moetrain.kernels.triton_ops.{name}")  # noqa: E731
+    with ExitStack() as stack:
+        for module in (block_operation, permute) if INTERPRETED else ():
+            stack.enter_context(mock.patch.object(module, "triton_kernels", found))
+        yield
+
+
 def check_strides() -> None:
     """A strided gradient and input of the expert block."""
     with only_tile("plain", 0):
@@ -307,7 +371,7 @@ def checks() -> dict[str, Callable[[], None]]:
     """Every check by its name; one that fails raises. The cheap ones first, then on CUDA every shipped tile, then every case."""
     found: dict[str, Callable[[], None]] = {}
     cases = CASES if INTERPRETED else CASES | LARGE
-    some = {name: CASES[name] for name in ("plain", "no gather", "ragged gelu_tanh")}
+    some = {name: CASES[name] for name in ("plain", "no gather", "ragged gelu_tanh", "copies")}
     for depth, width in ((32, 48), (13, 37)):
         for flag in (False, True):
             found[f"gathered product, {depth}x{width}, transposed={flag}"] = partial(check_gathered_product, flag, depth, width)
@@ -331,4 +395,9 @@ def checks() -> dict[str, Callable[[], None]]:
         for name, case in chosen.items():
             found[f"expert block, {name}, {dtype}"] = partial(check_expert_block, case, dtype)
     found["expert block, strides"] = check_strides
+    for dtype in (torch.float32, HALF):
+        for wanted in [OPERATION_LEAVES, *((name,) for name in OPERATION_LEAVES)]:
+            found[f"operation, gradients of {', '.join(wanted)}, {dtype}"] = partial(check_operation, wanted, dtype)
+        for weighted in (False, True):
+            found[f"combine, weighted={weighted}, {dtype}"] = partial(check_combine, weighted, dtype)
     return found

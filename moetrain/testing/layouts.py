@@ -53,7 +53,15 @@ class Scenario:
 
 
 SLOW_COMPUTE = MachineProfile(
-    Machine(world_size=4, ranks_per_node=2, backend="gloo", device="assumed", torch_version=torch.__version__, date="2000-01-01"),
+    Machine(
+        world_size=4,
+        ranks_per_node=2,
+        backend="gloo",
+        device="assumed",
+        dtype="float32",
+        torch_version=torch.__version__,
+        date="2000-01-01",
+    ),
     intra={"all_to_all": LinearCost(0.0, 1e-12)},
     inter={"all_to_all": LinearCost(0.0, 1e-11)},
     experts=LinearCost(0.0, 1e-6),

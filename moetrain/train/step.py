@@ -35,6 +35,7 @@ class StepResult:
     terms: dict[str, float]
     tokens: int
     statistics: dict[str, LayerStatistics]
+    """On the host, of all ranks."""
 
     @property
     def loss_total(self) -> float:

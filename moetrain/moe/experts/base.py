@@ -52,7 +52,7 @@ class Experts(nn.Module):
         inputs = gather_rows(x, rows)
         parts = [inputs[section] for section in sections(sets, len(inputs))]
         y = [self.compute(part, each.counts, each.weights) for part, each in zip(parts, sets, strict=True)]
-        return combine_rows(torch.cat(y), weight, rows)
+        return combine_rows(y[0] if len(y) == 1 else torch.cat(y), weight, rows)
 
     def weights(self) -> tuple[Tensor, ...]:
         """The stacked parameters [e, ...]."""

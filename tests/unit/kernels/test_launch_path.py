@@ -36,7 +36,7 @@ JITFunction.run = compile_only
 from moetrain.kernels.triton_ops import expert_ffn, router, segment_sum, sort_experts
 from moetrain.ops.expert_sets import ExpertSet
 
-def block(tokens, width, hidden, experts, top_k, gather):
+def block(tokens, width, hidden, experts, top_k, gather, copied=0, rows_of_own=0):
     rows = tokens * top_k
     x = torch.zeros(tokens, width, dtype=torch.bfloat16)
     w_in, w_out = x.new_zeros(experts, 2 * hidden, width), x.new_zeros(experts, width, hidden)
@@ -45,12 +45,17 @@ def block(tokens, width, hidden, experts, top_k, gather):
     if gather:
         options |= {"token": index // top_k, "weight": torch.ones(rows), "place": index}
     sets = [ExpertSet((w_in, w_out), counts)]
+    if copied:
+        parts = x.new_zeros(copied, 3 * hidden * width).split([2 * hidden * width, hidden * width], dim=1)
+        weights = parts[0].unflatten(1, (2 * hidden, width)), parts[1].unflatten(1, (width, hidden))
+        sets = [ExpertSet((w_in, w_out), counts, rows_of_own), ExpertSet(weights, counts[:copied], rows - rows_of_own)]
     y, h = expert_ffn.forward(x, sets, **options)
     expert_ffn.backward(y, x, h, sets, **options)
 
 block(1024, 256, 512, 8, 2, True)
 block(1024, 256, 512, 8, 1, False)
 block(1001, 250, 510, 1, 1, True)
+block(1024, 256, 512, 3, 2, True, copied=2, rows_of_own=1001)
 routed = router.forward(torch.zeros(1000, 64), 6, renormalise=True)
 router.backward(routed, renormalise=True, grad_weight=routed.weight)
 sort_experts.sort_by_expert(torch.zeros(1000, dtype=torch.int64), 8)
@@ -69,16 +74,11 @@ def test_launches_compile_for_an_h100(tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     products = ["_activation", "_plain", "_activation_backward", "_outer", "_outer", "_plain"]
     combined = ["_activation", "_plain", "_segment_sum", "_activation_backward", "_outer", "_outer", "_plain", "_segment_sum"]
-    assert [name for name, _, _ in seen] == [
-        *combined,
-        *products,
-        *combined,
-        "_forward",
-        "_backward",
-        "_rank_in_block",
-        "_scatter",
-        "_combine_backward",
-    ]
+    of_copies = (
+        ["_activation", "_plain"] * 2 + ["_segment_sum"] + ["_activation_backward", "_outer", "_outer", "_plain"] * 2 + ["_segment_sum"]
+    )
+    others = ["_forward", "_backward", "_rank_in_block", "_scatter", "_combine_backward"]
+    assert [name for name, _, _ in seen] == combined + products + combined + of_copies + others
     assert all(wgmma for name, wgmma, _ in seen if name in products), "a product without the matrix instructions of Hopper"
     boxed = [boxed for name, _, boxed in seen if name in products]
-    assert boxed == [True] * 12 + [False] * 6, "boxes are copied by the hardware exactly where rows are whole vectors"
+    assert boxed == [True] * 12 + [False] * 6 + [True] * 12, "boxes are copied by the hardware exactly where rows are whole vectors"

@@ -20,7 +20,13 @@ TINY = dict(
 
 def machine(world_size, ranks_per_node):
     return Machine(
-        world_size, ranks_per_node, backend="gloo", device="Test (R) CPU @ 1 GHz", torch_version="2", date="2025-01-01T00:00:00+00:00"
+        world_size,
+        ranks_per_node,
+        backend="gloo",
+        device="Test (R) CPU @ 1 GHz",
+        dtype="float32",
+        torch_version="2",
+        date="2025-01-01T00:00:00+00:00",
     )
 
 
@@ -100,7 +106,7 @@ def test_saved_profiles_are_read_back_and_damaged_ones_refused(tmp_path, monkeyp
     monkeypatch.setenv("MOETRAIN_CACHE", str(tmp_path))
     profile = MachineProfile(machine(2, 2), link(1e-5, 1e-9), {}, LinearCost(0.0, 1e-12, 0.5, ((1.0, 2.0), (3.0, 4.0))), num_experts=4)
     file = profile.save()
-    assert file == tmp_path / "profiles" / "test_r_cpu_1_ghz-gloo-1x2.json" and load_profile(file) == profile
+    assert file == tmp_path / "profiles" / "test_r_cpu_1_ghz-gloo-1x2-float32.json" and load_profile(file) == profile
     with pytest.raises(ConfigError, match="moetrain bench profile"):
         load_profile(tmp_path / "missing.json")
     plain = json.loads(file.read_text())
@@ -144,4 +150,10 @@ def test_sizes_that_are_not_chosen_suit_the_device():
     assert (chosen.on("cuda").hidden_size, chosen.on("cuda").dtype) == (8, "float32")
     assert Sweep().on("cpu").dtype == "float32" and Sweep().on("cuda").dtype == "bfloat16"
     assert Sweep().on("cuda").expert_width > Sweep().on("cpu").expert_width > 0
-    assert not list(Sweep().problems("")) and list(Sweep(min_rows=513).problems(""))
+
+
+def test_a_smallest_size_must_lie_below_the_largest():
+    assert not list(Sweep(min_rows=513).problems("")), "8192 rows are the default on a GPU"
+    assert [str(p) for p in Sweep(min_rows=513, max_rows=512).problems("bench")] == ["bench.min_rows = 513: must be < bench.max_rows (512)"]
+    with pytest.raises(ConfigError, match=r"min_rows = 513: must be < max_rows \(512\)"):
+        measure(Sweep(min_rows=513), torch.device("cpu"))
