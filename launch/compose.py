@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
+from string import Template
 from typing import Any
 
 import torch
@@ -79,18 +80,42 @@ def compose(*overrides: str) -> dict[str, Any]:
 
     Raises ConfigError for whatever Hydra or OmegaConf refuse.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(_composed(overrides), resolve=True)
+    except OmegaConfBaseException as error:
+        raise _refusal(error) from error
+    return {"loss": {}, **plain}  # type: ignore[dict-item]
+
+
+def help_text(overrides: Sequence[str]) -> str:
+    """What --help prints with these overrides. Hydra's own help fills the same template, but takes seconds to list the groups.
+
+    Raises ConfigError for whatever Hydra or OmegaConf refuse.
+    """
+    from omegaconf import OmegaConf
+
+    composed = _composed(overrides, return_hydra_config=True)
+    options = {group: sorted({*registry.components(group), *shipped(group)}) for group in (*registry.groups(), "experiment")}
+    groups = "\n".join(f"{group}: {', '.join(names)}" for group, names in sorted(options.items()))
+    config = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return Template(composed.hydra.help.template).substitute(APP_CONFIG_GROUPS=groups, CONFIG=OmegaConf.to_yaml(config))
+
+
+def _composed(overrides: Sequence[str], **settings: Any) -> Any:
+    """As OmegaConf has it."""
     import hydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     fill_config_store()
     try:
         with hydra.initialize_config_module("moetrain.configs", version_base="1.3"):
-            plain = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
+            return hydra.compose("config", overrides=list(overrides), **settings)
     except (HydraException, OmegaConfBaseException) as error:
         raise _refusal(error) from error
-    return {"loss": {}, **plain}  # type: ignore[dict-item]
 
 
 def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None]) -> None:
@@ -98,6 +123,9 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
 
     Raises ConfigError for whatever Hydra or OmegaConf refuse.
     """
+    if not {"--help", "-h"}.isdisjoint(arguments):
+        print(help_text([argument for argument in arguments if not argument.startswith("-")]))
+        return
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException

@@ -172,3 +172,15 @@ def test_an_error_of_the_job_itself_is_not_taken_for_one_of_the_configuration():
 
     with pytest.raises(ValueError, match="a bug"):
         run_application([], job)
+
+
+def test_help_shows_every_option_and_the_configuration_with_the_overrides(capsys):
+    run_application(["--help", "model=glam_tiny", "optim.lr=0.5"], job=None)
+    shown = capsys.readouterr().out
+    groups, _, configuration = shown.partition("== Configuration ==")
+    for group in (*registry.groups(), "experiment"):
+        (line,) = [line for line in groups.splitlines() if line.startswith(f"{group}: ")]
+        assert set(line.removeprefix(f"{group}: ").split(", ")) == {*registry.components(group), *shipped(group)}
+    assert "kind: glam\n" in configuration and "lr: 0.5\n" in configuration and "hydra" not in configuration
+    with pytest.raises(ConfigError, match="optim.lrr"):
+        run_application(["optim.lrr=1", "-h"], job=None)
