@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from moetrain.config import Component, setting
 from moetrain.errors import Problem
-from moetrain.parallel.parallelize import ParallelModel
 from moetrain.registry import register
+
+if TYPE_CHECKING:  # every command reads this module for its settings, and these take most of a second to import
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moetrain.parallel.parallelize import ParallelModel
 
 
 @register("optim", "adamw", source="Loshchilov and Hutter 1711.05101")
@@ -50,7 +52,7 @@ def parameter_groups(placed: ParallelModel, weight_decay: float) -> list[dict[st
     in one group."""
     groups: dict[tuple[DeviceMesh | None, bool], list[torch.nn.Parameter]] = {}
     for _, parameter in placed.parameters():
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
         groups.setdefault((mesh, parameter.ndim > 1), []).append(parameter)
     return [{"params": params, "weight_decay": weight_decay if decayed else 0.0} for (_, decayed), params in groups.items()]
 

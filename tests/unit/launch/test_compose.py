@@ -1,5 +1,6 @@
 """What the command line makes of groups, presets and overrides."""
 
+import subprocess
 import sys
 
 import pytest
@@ -184,3 +185,10 @@ def test_help_shows_every_option_and_the_configuration_with_the_overrides(capsys
     assert "kind: glam\n" in configuration and "lr: 0.5\n" in configuration and "hydra" not in configuration
     with pytest.raises(ConfigError, match="optim.lrr"):
         run_application(["optim.lrr=1", "-h"], job=None)
+
+
+def test_settings_are_read_without_the_slow_imports_of_training():
+    """torch.distributed.tensor and torch._dynamo, with sympy, take as long as torch itself."""
+    script = "import sys, moetrain.launch.compose as c; c.compose(); print([m for m in ('sympy', 'torch._dynamo') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
