@@ -105,7 +105,7 @@ def help_text(overrides: Sequence[str]) -> str:
 
 
 def _composed(overrides: Sequence[str], **settings: Any) -> Any:
-    """As OmegaConf has it."""
+    """The unresolved DictConfig of a command line. settings: of ``hydra.compose``. Raises ConfigError for what Hydra refuses."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -123,8 +123,9 @@ def run_application(arguments: list[str], job: Callable[[dict[str, Any]], None])
 
     Raises ConfigError for whatever Hydra or OmegaConf refuse.
     """
-    if not {"--help", "-h"}.isdisjoint(arguments):
-        print(help_text([argument for argument in arguments if not argument.startswith("-")]))
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags in (["--help"], ["-h"]):  # beside other flags it is Hydra's
+        print(help_text([argument for argument in arguments if argument not in flags]))
         return
     import hydra
     from hydra.core.hydra_config import HydraConfig

@@ -40,10 +40,10 @@ def forward(
     x = x.contiguous()
     token, weight = (None if t is None else t.contiguous() for t in (token, weight))
     num_rows = x.shape[0] if token is None else token.shape[0]
-    (w_in, w_out) = sets[0].weights
+    w_in, w_out = sets[0].weights
     h, y = x.new_empty(num_rows, w_in.shape[1]), x.new_empty(num_rows, w_out.shape[1])
     for each, rows in zip(sets, sections(sets, num_rows), strict=True):
-        w_in, w_out = (with_whole_matrices(w) for w in each.weights)
+        w_in, w_out = (_with_whole_matrices(w) for w in each.weights)
         inputs, source = (x[rows], None) if token is None else (x, token[rows])
         _, a = activation_gemm(inputs, w_in, each.counts, source=source, activation=activation, gated=gated, h=h[rows])
         scale = None if token is not None or weight is None else weight[rows]
@@ -70,7 +70,7 @@ def backward(
     needs: Sequence[bool] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x and weight (float32, None without weight), and of w_in and w_out of each set in turn, from that of y and the
-    arguments and h of forward. needs: which of the last are wanted, None: all."""
+    arguments and h of forward. needs_x: whether that of x is wanted; needs: which of the last are, None: all."""
     grad, x = grad.contiguous(), x.contiguous()
     token, weight = (None if t is None else t.contiguous() for t in (token, weight))
     num_rows = h.shape[0]
@@ -79,7 +79,7 @@ def backward(
     dots: list[Tensor] = []
     gradients: list[Tensor | None] = []
     for i, (each, rows) in enumerate(zip(sets, sections(sets, num_rows), strict=True)):
-        w_in, w_out = (with_whole_matrices(w) for w in each.weights)
+        w_in, w_out = (_with_whole_matrices(w) for w in each.weights)
         inputs, outputs, source = (x[rows], grad[rows], None) if token is None else (x, grad, token[rows])
         grad_h, weighted, dot = activation_backward_gemm(
             outputs, w_out, h[rows], each.counts, source=source, weight=None if weight is None else weight[rows],
@@ -99,6 +99,6 @@ def backward(
     return grad_x, grad_weight, gradients
 
 
-def with_whole_matrices(w: Tensor) -> Tensor:
+def _with_whole_matrices(w: Tensor) -> Tensor:
     """w: [e, rows, columns], each expert's matrix contiguous; copies of experts lie in one buffer with their other weights."""
     return w if not len(w) or w[0].is_contiguous() else w.contiguous()

@@ -186,20 +186,20 @@ def _weight_tile(
     k: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
-    apart: tl.tensor,
+    expert_stride: tl.tensor,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BOXED: tl.constexpr,
 ) -> tl.tensor:
     """[DEPTH, COLUMNS] of an expert's matrix, which lies in memory as [width, depth] if TRANSPOSED, else as [depth, width];
-    ``apart``: elements from one expert's matrix to the next."""
+    ``expert_stride``: elements from one expert's matrix to the next."""
     if BOXED:
         values = w_box.load([expert, first, k]) if TRANSPOSED else w_box.load([expert, k, first])
         values = tl.trans(tl.reshape(values, [COLUMNS, DEPTH])) if TRANSPOSED else tl.reshape(values, [DEPTH, COLUMNS])
     else:
         row, column = k + tl.arange(0, DEPTH), first + tl.arange(0, COLUMNS)
-        matrix = w + expert.to(tl.int64) * apart
+        matrix = w + expert.to(tl.int64) * expert_stride
         offset = row[:, None] + column[None, :] * depth if TRANSPOSED else row[:, None] * width + column[None, :]
         values = tl.load(matrix + offset, mask=(row[:, None] < depth) & (column[None, :] < width), other=0.0)
     return values
@@ -222,7 +222,7 @@ def _describe_weights(
     num_experts: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
-    apart: tl.tensor,
+    expert_stride: tl.tensor,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -231,7 +231,7 @@ def _describe_weights(
     """A descriptor of all experts' matrices; a box never reaches into the next expert's."""
     box = w
     if BOXED:
-        stride = tl.cast(apart, tl.int64)
+        stride = tl.cast(expert_stride, tl.int64)
         if TRANSPOSED:
             box = tl.make_tensor_descriptor(w, [num_experts, width, depth], [stride, depth, 1], [1, COLUMNS, DEPTH])
         else:
@@ -253,7 +253,7 @@ def _plain(
     depth: tl.tensor,
     bucket: tl.tensor,
     num_experts: tl.tensor,
-    apart: tl.tensor,
+    expert_stride: tl.tensor,
     SCALED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -269,7 +269,7 @@ def _plain(
 ) -> None:
     DEPTH: tl.constexpr = DEPTH_BYTES // (x.dtype.element_ty.primitive_bitwidth // 8)
     x_box = _describe_rows(x, num_rows, depth, ROWS, DEPTH, X_BOXED)
-    w_box = _describe_weights(w, num_experts, width, depth, apart, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
+    w_box = _describe_weights(w, num_experts, width, depth, expert_stride, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
     column_tiles = tl.cdiv(width, COLUMNS)
     total = tl.sum((sizes + ROWS - 1) // ROWS, 0) * column_tiles
@@ -279,7 +279,9 @@ def _plain(
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             left = _row_tile(x, x_box, index, first, k, depth, DEPTH, X_BOXED)
-            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, width, depth, apart, COLUMNS, DEPTH, TRANSPOSED, W_BOXED)
+            right = _weight_tile(
+                w, w_box, expert, column_tile * COLUMNS, k, width, depth, expert_stride, COLUMNS, DEPTH, TRANSPOSED, W_BOXED
+            )
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
         row, column = first + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
         if SCALED:
@@ -302,7 +304,7 @@ def _activation(
     depth: tl.tensor,
     bucket: tl.tensor,
     num_experts: tl.tensor,
-    apart: tl.tensor,
+    expert_stride: tl.tensor,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -319,7 +321,7 @@ def _activation(
     DEPTH: tl.constexpr = DEPTH_BYTES // (x.dtype.element_ty.primitive_bitwidth // 8)
     width = hidden * (2 if GATED else 1)
     x_box = _describe_rows(x, num_rows, depth, ROWS, DEPTH, X_BOXED)
-    w_box = _describe_weights(w, num_experts, width, depth, apart, COLUMNS, DEPTH, True, W_BOXED)
+    w_box = _describe_weights(w, num_experts, width, depth, expert_stride, COLUMNS, DEPTH, True, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
     column_tiles = tl.cdiv(hidden, COLUMNS)
     total = tl.sum((sizes + ROWS - 1) // ROWS, 0) * column_tiles
@@ -331,10 +333,10 @@ def _activation(
         up = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             left = _row_tile(x, x_box, index, first, k, depth, DEPTH, X_BOXED)
-            right = _weight_tile(w, w_box, expert, first_column, k, width, depth, apart, COLUMNS, DEPTH, True, W_BOXED)
+            right = _weight_tile(w, w_box, expert, first_column, k, width, depth, expert_stride, COLUMNS, DEPTH, True, W_BOXED)
             gate = tl.dot(left, right, gate, input_precision=PRECISION)
             if GATED:
-                right = _weight_tile(w, w_box, expert, first_column + hidden, k, width, depth, apart, COLUMNS, DEPTH, True, W_BOXED)
+                right = _weight_tile(w, w_box, expert, first_column + hidden, k, width, depth, expert_stride, COLUMNS, DEPTH, True, W_BOXED)
                 up = tl.dot(left, right, up, input_precision=PRECISION)
         row, column = first + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
         inside = (row[:, None] < end) & (column[None, :] < hidden)
@@ -366,7 +368,7 @@ def _activation_backward(
     depth: tl.tensor,
     bucket: tl.tensor,
     num_experts: tl.tensor,
-    apart: tl.tensor,
+    expert_stride: tl.tensor,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -383,7 +385,7 @@ def _activation_backward(
 ) -> None:
     DEPTH: tl.constexpr = DEPTH_BYTES // (grad.dtype.element_ty.primitive_bitwidth // 8)
     grad_box = _describe_rows(grad, num_rows, depth, ROWS, DEPTH, X_BOXED)
-    w_box = _describe_weights(w, num_experts, hidden, depth, apart, COLUMNS, DEPTH, False, W_BOXED)
+    w_box = _describe_weights(w, num_experts, hidden, depth, expert_stride, COLUMNS, DEPTH, False, W_BOXED)
     sizes = load_sizes(counts, num_experts, EXPERTS)
     column_tiles = tl.cdiv(hidden, COLUMNS)
     total = tl.sum((sizes + ROWS - 1) // ROWS, 0) * column_tiles
@@ -393,7 +395,7 @@ def _activation_backward(
         grad_a = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             left = _row_tile(grad, grad_box, index, first, k, depth, DEPTH, X_BOXED)
-            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, hidden, depth, apart, COLUMNS, DEPTH, False, W_BOXED)
+            right = _weight_tile(w, w_box, expert, column_tile * COLUMNS, k, hidden, depth, expert_stride, COLUMNS, DEPTH, False, W_BOXED)
             grad_a = tl.dot(left, right, grad_a, input_precision=PRECISION)
         row = first + tl.arange(0, ROWS)
         factor = tl.load(weight + row, mask=row < end, other=0.0) if WEIGHTED else 1.0

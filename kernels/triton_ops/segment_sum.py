@@ -44,9 +44,7 @@ def combine_backward(grad: Tensor, y: Tensor, token: Tensor, weight: Tensor) -> 
     if not y.numel():
         return grad_y, grad_weight.zero_()
     block = min(triton.next_power_of_2(y.shape[1]), LARGEST_BLOCK)
-    _combine_backward[(y.shape[0],)](
-        grad, y, token, weight, grad_y, grad_weight, y.shape[1], BLOCK=block, num_warps=_warps(block)
-    )  # fmt: skip
+    _combine_backward[(y.shape[0],)](grad, y, token, weight, grad_y, grad_weight, y.shape[1], BLOCK=block, num_warps=_warps(block))
     return grad_y, grad_weight
 
 

@@ -44,10 +44,10 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Sorted, but not yet cut to the entries that are computed: how many there are is known on the device only.
+class AllEntries:
+    """All entries of a routing, sorted; how many of them are computed is known on the device only.
 
-    order, place: [N] int64 of all entries of the routing, those left out last, and its inverse. counts: [E] int64 rows per place.
+    order, place: [N] int64, the entries with those left out last, and the inverse. counts: [E] int64 rows per place.
     complete: none is left out.
     """
 
@@ -66,7 +66,7 @@ class Keys:
         return Order(entry, Rows.of(routing.token[entry], routing.num_tokens), self.counts)
 
 
-def sort_keys(routing: Routing, position: Tensor | None = None) -> Keys:
+def sort_all_entries(routing: Routing, position: Tensor | None = None) -> AllEntries:
     """Sort the entries of a routing by expert, or by ``position`` [E] (rank of each expert in the wanted order), without waiting for
     the device.
 
@@ -82,13 +82,13 @@ def sort_keys(routing: Routing, position: Tensor | None = None) -> Keys:
     if not complete:
         key = torch.where(key < experts, key, PAD)
     order, counts, place = sort_by_expert(key, experts)
-    return Keys(routing, order, place, counts, complete)
+    return AllEntries(routing, order, place, counts, complete)
 
 
 def sort_entries(routing: Routing, position: Tensor | None = None) -> Order:
-    """Sort the entries of a routing, see :func:`sort_keys`. The host waits for the number of rows if some may be left out."""
-    keys = sort_keys(routing, position)
-    return keys.take(keys.order.numel() if keys.complete else int(keys.counts.sum()))
+    """Sort the entries of a routing, see :func:`sort_all_entries`. The host waits for the number of rows if some may be left out."""
+    every = sort_all_entries(routing, position)
+    return every.take(every.order.numel() if every.complete else int(every.counts.sum()))
 
 
 class LocalExecutor:

@@ -39,11 +39,11 @@ class Block:
     activation: Activation
     gated: bool
 
-    def sets(self, weights: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[ExpertSet]:
-        """With their weights, w_in and w_out of each in turn, on request in another dtype."""
+    def sets(self, weights: Sequence[Tensor], dtype: torch.dtype) -> list[ExpertSet]:
+        """With their weights, w_in and w_out of each in turn, in this dtype."""
         pairs = zip(weights[::2], weights[1::2], strict=True)
         return [
-            ExpertSet(tuple(w if dtype is None else w.to(dtype) for w in pair), counts, num_rows)
+            ExpertSet(tuple(w.to(dtype) for w in pair), counts, num_rows)
             for pair, counts, num_rows in zip(pairs, self.counts, self.num_rows, strict=True)
         ]
 

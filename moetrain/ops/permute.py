@@ -48,11 +48,6 @@ class Rows:
         """The same rows with row order[n] in place n. order: [N] int64, a permutation."""
         return replace(self, token=self.token[order], place=inverse_permutation(order)[self.place])
 
-    def inverse(self) -> Rows:
-        """Of a permutation (one row for every token): the way back."""
-        assert self.bounds is None and self.place.numel() == self.num_tokens
-        return Rows(self.place, self.token, None, self.num_tokens)
-
 
 def inverse_permutation(order: Tensor) -> Tensor:
     """inverse[order[n]] = n. order: [N] int64."""

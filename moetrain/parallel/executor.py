@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moetrain.moe.context import RouterContext
-from moetrain.moe.execution import sort_keys
+from moetrain.moe.execution import sort_all_entries
 from moetrain.moe.experts import Experts
 from moetrain.moe.routing import Routing
 from moetrain.ops.expert_sets import ExpertSet
@@ -344,11 +344,9 @@ class PlacedExecutor:
     ) -> Tensor:
         """Rows as they arrive, by source and slot, through the experts and back into that order."""
         there, counts = regroup(arriving, self.device), arriving.sum(axis=0)
-        ends = np.cumsum([w[0].shape[0] for w in weights])
-        parts = zip(
-            weights, on_device(counts, self.device).split(np.diff(ends, prepend=0).tolist()), np.split(counts, ends[:-1]), strict=True
-        )
-        sets = [ExpertSet(w, part, int(on_host.sum())) for w, part, on_host in parts]
+        sizes = [w[0].shape[0] for w in weights]
+        of_sets, num_rows = on_device(counts, self.device).split(sizes), np.split(counts, np.cumsum(sizes)[:-1])
+        sets = [ExpertSet(w, part, int(rows_of.sum())) for w, part, rows_of in zip(weights, of_sets, num_rows, strict=True)]
         forget = self.rematerialize and not self.recompute and torch.is_grad_enabled() and copies
         with kept_out_of_the_graph(copies) if forget else nullcontext():
             y = experts.execute(rows, there, None, sets)
@@ -361,10 +359,10 @@ class PlacedExecutor:
     def dispatch(self, routing: Routing) -> Dispatch:
         """Who sends what to whom, from one all-gather of counts."""
         rank = self.links.tokens.rank
-        keys = sort_keys(routing, self.router_position)
+        every = sort_all_entries(routing, self.router_position)
         # the one host copy of this layer: every split follows from these integers, the same on all ranks
-        gathered = gather_counts(keys.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
-        order = keys.take(int(gathered[rank].sum()))
+        gathered = gather_counts(every.counts[: self.plan.num_experts], self.links.tokens).cpu().numpy()
+        order = every.take(int(gathered[rank].sum()))
         counts = gathered[:, self.place]
         copied = {"planned": self.plan} if self.plan.copies.any() else {}
         plan = self.plan if self.calibrate is None else self.calibrate(counts, self.plan)

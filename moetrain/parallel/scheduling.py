@@ -27,7 +27,8 @@ from moetrain.parallel.ranks import Ranks
 
 def machine_profile(layout: Layout, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> MachineProfile | None:
     """Measured costs of this machine, the same on every rank: the main rank's file, or measured now (and kept) if the
-    layout says so. None: costs are assumed. dtype: in which experts compute. Collective over the default group."""
+    layout says so. None: costs are assumed. dtype: in which experts compute; for float64 float32 is measured. Collective over the
+    default group."""
     if layout.profile == "assume":
         return None
     per_node = layout.ranks_per_node or ranks.local_world_size

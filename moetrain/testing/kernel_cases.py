@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -223,57 +223,73 @@ OPERATION_LEAVES = ("x", "weight", "own in", "own out", "copied in", "copied out
 
 
 def check_operation(wanted: tuple[str, ...], dtype: torch.dtype) -> None:
-    """The whole operation, float32 masters and copies in ``dtype``, with and without kernels: only the wanted gradients, each in the
-    dtype of its tensor."""
+    """The whole operation, float32 masters and copies in ``dtype``, against its slow twin in float64 on the CPU: only the wanted
+    gradients, each in the dtype of its tensor."""
     case = Case(tokens=19, width=32, hidden=16, experts=6, top_k=2, copied=2, ragged=True)
     grad, x, w_in, w_out, counts, options = make(case, dtype)
     own, copied = sets_of(case, w_in, w_out, counts)
     assert options["weight"] is not None
     tensors = (x, options["weight"], *(w.float() for w in own.weights), *copied.weights)
     rows = Rows(options["token"], options["place"], options["bounds"], case.tokens)
-    results = []
-    for kernels in (True, False):
-        leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in zip(OPERATION_LEAVES, tensors, strict=True)}
-        own_weights, copied_weights = ((leaves[f"{kind} in"], leaves[f"{kind} out"]) for kind in ("own", "copied"))
-        sets = [replace(own, weights=own_weights), replace(copied, weights=copied_weights)]
-        with only_tile("plain", 0), serving_all_devices() if kernels else nullcontext():
-            op = block_operation.expert_ffn if kernels else block_operation.reference
-            y = op(leaves["x"], sets, rows=rows, weight=leaves["weight"], activation=case.activation, gated=case.gated)
-            y.backward(grad)
-        results.append({"y": y.detach(), **{n: t.grad for n, t in leaves.items()}})
-    for name, found in results[0].items():
-        expected = results[1][name]
-        assert (found is not None) == (name == "y" or name in wanted) == (expected is not None), name
-        if found is not None and expected is not None:
-            assert found.dtype == expected.dtype
-            assert_close(found.to(dtype), expected.to(dtype), "fast_path", name=name)
+
+    def run(op: Callable[..., Tensor], leaves: list[Tensor], rows: Rows, grad: Tensor) -> dict[str, Tensor | None]:
+        for name, leaf in zip(OPERATION_LEAVES, leaves, strict=True):
+            leaf.requires_grad_(name in wanted)
+        x, weight, *weights = leaves
+        pairs = ((own, weights[:2]), (copied, weights[2:]))
+        sets = [ExpertSet(tuple(pair), each.counts.to(x.device), each.num_rows) for each, pair in pairs]
+        y = op(x, sets, rows=rows, weight=weight, activation=case.activation, gated=case.gated)
+        y.backward(grad)
+        return {"y": y.detach(), **{name: leaf.grad for name, leaf in zip(OPERATION_LEAVES, leaves, strict=True)}}
+
+    with only_tile("plain", 0), kernels_everywhere():
+        results = run(block_operation.expert_ffn, [t.detach() for t in tensors], rows, grad)
+    expected = run(block_operation.reference, [_wide(t) for t in tensors], _on_cpu(rows), _wide(grad))
+    for name, found, dtype_of in zip(results, results.values(), (x.dtype, *(t.dtype for t in tensors)), strict=True):
+        value = expected[name]
+        assert (found is not None) == (name == "y" or name in wanted) == (value is not None), name
+        if found is not None and value is not None:
+            assert found.dtype == dtype_of
+            assert_close(found.to(dtype), value, "fast_path", name=name)
 
 
 def check_combine(weighted: bool, dtype: torch.dtype) -> None:
-    """Combine and its backward, with and without kernels, of strided tensors."""
+    """Combine and its backward of strided tensors, against plain operations in float64 on the CPU."""
     torch.manual_seed(3)
     rows = Rows.of(torch.randint(5, (11,)).to(DEVICE), 5)
     y, grad = torch.randn(11, 19).to(DEVICE, dtype), torch.randn(19, 5).to(DEVICE, dtype).t()
     weight = torch.rand(11, 2).to(DEVICE)[:, 0] if weighted else None
-    results = []
-    for context in (serving_all_devices(), nullcontext()):
-        leaves = [t.detach().requires_grad_() for t in (y, weight) if t is not None]
-        with context:
-            out = permute.combine_rows(leaves[0], leaves[1] if weighted else None, rows)
-            out.backward(grad)
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for found, expected in zip(*results, strict=True):
-        assert found is not None and expected is not None and found.dtype == expected.dtype
-        assert_close(found.to(dtype), expected.to(dtype), "fast_path")
+
+    def run(y: Tensor, weight: Tensor | None, rows: Rows, grad: Tensor) -> list[Tensor | None]:
+        leaves = [t.requires_grad_() for t in (y, weight) if t is not None]
+        out = permute.combine_rows(y, weight, rows)
+        out.backward(grad)
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    with kernels_everywhere():
+        results = run(y.detach(), weight, rows, grad)
+    for found, expected in zip(results, run(_wide(y), None if weight is None else _wide(weight), _on_cpu(rows), _wide(grad)), strict=True):
+        assert found is not None and expected is not None
+        assert_close(found.to(dtype), expected, "fast_path")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A copy in float64 on the CPU."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)
+
+
+def _on_cpu(rows: Rows) -> Rows:
+    return replace(rows, token=rows.token.cpu(), place=rows.place.cpu(), bounds=None if rows.bounds is None else rows.bounds.cpu())
 
 
 @contextmanager
-def serving_all_devices() -> Iterator[None]:
+def kernels_everywhere() -> Iterator[None]:
     """Operations take the kernels also for tensors on the CPU, where they are interpreted."""
+    if not INTERPRETED:
+        yield
+        return
     found = lambda name, _: importlib.import_module(f"moetrain.kernels.triton_ops.{name}")  # noqa: E731
-    with ExitStack() as stack:
-        for module in (block_operation, permute) if INTERPRETED else ():
-            stack.enter_context(mock.patch.object(module, "triton_kernels", found))
+    with mock.patch.object(block_operation, "triton_kernels", found), mock.patch.object(permute, "triton_kernels", found):
         yield
 
 

@@ -117,7 +117,7 @@ KERNELS: dict[str, Any] = {
     "router": router._forward,
     "router backward": router._backward,
 }
-_SIZES = ("width", "depth", "hidden", "height", "apart")
+_SIZES = ("width", "depth", "hidden", "height", "expert_stride")
 _INTEGERS = (*_SIZES, "num_rows", "bucket", "num_experts", "num_tokens", "num_ids", "blocks")
 _INT64 = ("token", "source", "counts", "place", "bounds", "expert", "order", "ends", "index")
 _INT32 = ("rank", "table")

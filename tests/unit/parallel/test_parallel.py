@@ -18,7 +18,7 @@ def test_regroup_is_a_permutation_by_expert_and_back(counts):
     rows = torch.tensor([(s, e) for s in range(counts.shape[0]) for e in range(counts.shape[1]) for _ in range(counts[s, e])]).view(-1, 2)
     grouped = rows[there.token]
     assert grouped[:, 1].tolist() == sorted(rows[:, 1].tolist())
-    assert torch.equal(grouped[there.inverse().token], rows)
+    assert torch.equal(grouped[there.place], rows)
 
 
 def test_ranges():
